@@ -1,0 +1,2218 @@
+"""d1 in one file: masked SFT, then diffu-GRPO, for masked diffusion language models.
+
+Reference implementation of "d1: Scaling Reasoning in Diffusion Large Language Models via
+Reinforcement Learning" (Zhao, Gupta, Zheng, Grover; arXiv 2504.12216v2; NeurIPS 2025). Written to
+be read beside the paper: sections 3 to 7 are the mathematics and need torch alone.
+
+    python d1_full.py --task sudoku                 # both stages on the embedded model, offline
+    python d1_full.py --model llada/llada-8b-instruct --use_lora --task sft_only
+    python d1_full.py --model ./ckpt/sft --use_lora --task gsm8k
+
+Map    2 settings · 3 forward process · 4 masked SFT loss · 5 one-step estimator · 6 diffu-GRPO ·
+       7 block decoder · 8 models · 9 tokenizer · 10 tasks, rewards, grading · 11 the two stages ·
+       12 evaluation, Table 1 · 13 checkpoints · 14 screen · 15 chat · 16 main
+
+Sizes  B rows, G completions a prompt (group), P prompt, C completion, L = P + C, K block,
+       V vocabulary, N selected positions. A bool tensor is named for what True means.
+
+Symbols  x0 clean ids, xt noised ids, t noise level, q prompt, q' prompt with tokens hidden, o
+       completion, logp/logp_old/logp_ref log phi under the policy, the policy that drew the
+       batch, and the frozen reference; A advantage, rho ratio, eps clip, beta KL weight, mu inner
+       updates. Schedule: alpha_t = 1 - t, so a token is masked with probability t.
+
+Equations
+    d1 Eq. (1), Sec. 2      masked_nelbo         bound on the negative log-likelihood
+    d1 Sec. 3.1             one_step_logp        log-probabilities from one forward pass
+    d1 Eq. (2), Sec. 2      group_advantages     advantage over the group
+    d1 Eq. (3), Sec. 2      token_objective      the clipped surrogate of GRPO
+    d1 Eq. (4), Sec. 3.2    diffu_grpo_loss      the objective of diffu-GRPO
+    d1 Algorithm 1, Sec. 3.2    DiffuGRPO        rollouts and mu inner updates
+    d1 Algorithm 2, Sec. 3.3    MaskedSFT        masked supervised fine-tuning
+
+Deviations: where paper, official code (dllm-reasoning/d1 at 837888f) and this file differ; each
+tag stands at its line below. --preset official switches to theirs where a switch makes sense.
+    D1   loss mean: paper within a completion, then over them; official over all tokens; a switch
+    D2   mu distinct prompt masks; official meets half of them twice under accumulation
+    D3   private random streams; official reseeds the global ones at every estimate
+    D4   left padding is masked in attention; official attends to it
+    D5   Gumbel noise in float32; official draws it in bf16 while training
+    D6   no dropout in stage 2, so the first ratio is exactly 1; official leaves LoRA dropout on
+    D7   LoRA on every linear layer found in the model; official's names match some only
+    D8   the reference is the frozen start of stage 2; official's sync does nothing under LoRA
+    D9   old and reference passes one mask at a time; official all mu masks in one forward
+    D10  format patterns match work of several lines; official's cannot
+    D11  Countdown: .1 needs the right numbers, exact bounded parser; official pays all, calls eval
+    D12  MATH's boxed bonus fires; official looks for a mistyped string
+    D13  one prompt builder for SFT, RL and evaluation; official tests with another prompt
+    D14  numbers such as 1,234 are read; official's GSM8K parser fails on them
+    D15  sudoku: solved puzzles and cells, no grid in two splits; official cells alone
+    D16  the border of prompt and reply is exact; official's is one header too late
+    D17  the mask token is never drawn; official may leave masks in the reply
+    D18  best checkpoint chosen on held-out training data; official on the test set
+    D19  LoRA adapters stay fp32; official's are bf16
+"""
+
+# %% 1. Imports — the standard library and torch; heavier libraries are imported where they are used
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import copy
+import csv
+import dataclasses
+import difflib
+import functools
+import hashlib
+import itertools
+import json
+import math
+import operator
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+# %% 2. Settings — App. D; one field per setting: a default per preset, a help text and its source
+class UserError(Exception):
+    """A mistake in flags, files or values that the user can mend: one line, exit status 2."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the message names the step and the batch."""
+
+
+def opt(paper, help, source="ours", *, official=None, tiny=None, choices=(), low=None, high=None):
+    """Declare a setting. A default may be a dict by task, "*" for the rest; None = as the paper."""
+    columns = {"paper": paper, "official": official, "tiny": tiny}
+    columns = {k: paper if v is None else v for k, v in columns.items()}
+    meta = dict(columns=columns, help=help, source=source, choices=choices, low=low, high=high)
+    return field(default=None, metadata=meta)
+
+
+RL_TASKS = ("gsm8k", "math500", "count", "sudoku")
+TASK_CHOICES = ("sft_only", *RL_TASKS, "table1")
+PRESETS = ("auto", "paper", "official", "tiny")
+STEPS_RL = {"gsm8k": 7700, "math500": 6600, "count": 5000, "sudoku": 3800, "*": 5000}
+
+
+@dataclass
+class Settings:
+    """Every flag of the command line. `resolve` fills a field from argv, --config or its preset."""
+
+    # what to run
+    task: str = opt("", "what to run", choices=TASK_CHOICES)
+    model: str = opt("tiny", "tiny, a hub id, a folder in hub format, or a checkpoint of this script")
+    preset: str = opt("auto", "column of defaults; auto = tiny for the tiny model, else paper", choices=PRESETS)
+    config: str = opt("", "YAML file that may give any flag; the command line wins")
+    output_dir: str = opt("ckpt", "results go to OUTPUT_DIR/<sft or task>/")
+    seed: int = opt(42, "seeds every random stream of the run", "official train.yaml", tiny=0, low=0)
+    data: str = opt("", "benchmark problems: a local .jsonl, .json, .csv or .parquet, or a hub id")
+    sft_data: str = opt("", "SFT traces: a local file or hub id", "Sec. 4", official="", tiny="")
+    skip_sft: bool = opt(False, "go straight to stage 2")
+    skip_eval: bool = opt(False, "train only")
+    eval_only: bool = opt(False, "evaluate --model on --task and stop")
+    resume: bool = opt(False, "continue the run in --output_dir from its last checkpoint")
+    dry_run: bool = opt(False, "print settings and cost, load nothing, stop")
+    debug: bool = opt(False, "show the traceback of an error")
+    # the model
+    use_lora: bool = opt(False, "train LoRA adapters instead of all weights")
+    lora_r: int = opt(128, "LoRA rank", "App. D (SFT v1: 8)", low=1)
+    lora_alpha: int = opt(64, "LoRA alpha", "App. D (SFT official: 256)", low=1)
+    load_4bit: bool = opt(False, "NF4 base weights, double quantisation, bf16 compute", "App. D")
+    attn: str = opt("auto", "attention kernel", choices=("auto", "sdpa", "flash_attention_2", "eager"))
+    threads: int = opt(0, "CPU threads; 0 = one per core that this process may use", low=0)
+    # stage 1: masked SFT
+    steps_sft: int = opt(2460, "SFT updates", "App. D.2: 20 epochs of s1K", tiny={"sft_only": 3000, "*": 2000}, low=0)
+    bs_sft: int = opt(8, "rows per SFT update", "App. D.2", tiny=64, low=1)
+    lr_sft: float = opt(1e-5, "peak learning rate, then linear decay to 0", "App. D.2", tiny=2e-3, low=0.0)
+    warmup_sft: int = opt(0, "steps of linear warm-up", "App. D.2", tiny=100, low=0)
+    wd_sft: float = opt(0.1, "AdamW weight decay", "App. D.2", low=0.0)
+    clip_sft: float = opt(1.0, "gradient norm limit", "App. D.2", low=0.0)
+    sft_length: int = opt(4096, "rows are padded with EOS to this many tokens, longer ones cut", "App. D.2", tiny=72, low=8)
+    n_traces: int = opt(8000, "generated traces a task in the tiny model's SFT corpus", low=1)
+    # stage 2: diffu-GRPO
+    steps_rl: int = opt(STEPS_RL, "gradient updates", "authors, d1 issue 25", tiny=160, low=0)
+    group: int = opt(6, "G, completions drawn per prompt", "Sec. 4", tiny=8, low=2)
+    bs_rl: int = opt(6, "completions per device and backward pass, a multiple of G", "App. D", tiny=64, low=2)
+    grad_accum: int = opt(2, "backward passes per update", "App. D", tiny=1, low=1)
+    mu: int = opt(12, "inner updates per drawn batch", "App. D; official: 8 for count and sudoku",
+                  official={"gsm8k": 12, "math500": 12, "*": 8}, tiny=8, low=1)
+    pmask: float = opt(0.15, "p_mask: probability that a prompt token is masked", "Sec. 3.1", low=0.0, high=1.0)
+    eps: float = opt(0.5, "clip half-width of the ratio", "App. D", low=0.0)
+    beta: float = opt(0.04, "weight of the KL to the start of stage 2", "App. D", low=0.0)
+    norm: str = opt("sequence", "loss mean: within a completion first, or over all tokens [D1]", "Eq. (4)",
+                    official="token", choices=("sequence", "token"))
+    lr_rl: float = opt(3e-6, "constant learning rate", "App. D", tiny=2e-4, low=0.0)
+    wd_rl: float = opt(0.1, "AdamW weight decay", "App. D", low=0.0)
+    clip_rl: float = opt(0.2, "gradient norm limit", "App. D", low=0.0)
+    temperature: float = opt({"sudoku": 0.3, "*": 0.9}, "sampling temperature of rollouts", "App. D; official scripts: .9 in effect",
+                             official=0.9, tiny=0.9, low=0.0)
+    max_prompt: int = opt(200, "longest prompt; longer ones are cut on the left", "App. D", tiny=64, low=1)
+    # decoder and evaluation
+    gen_length: int = opt(256, "tokens a rollout may take", "App. D", tiny=48, low=1)
+    block_length: int = opt(32, "tokens of a semi-autoregressive block", "App. D", tiny=16, low=1)
+    diffusion_steps: int = opt(0, "denoising steps of a rollout; 0 = gen_length/2", "App. D", low=0)
+    eval_lengths: str = opt("128,256,512", "evaluation lengths, greedy, length/2 steps each", "Sec. 4", tiny="48,96,192")
+    limit: int = opt(256, "test problems to evaluate; 0 = all", "App. D for count and sudoku", low=0)
+    bs_eval: int = opt(8, "rows decoded at once", tiny=128, low=1)
+    save_steps: int = opt(100, "updates between checkpoints and held-out checks", "official train.yaml", tiny=40, low=1)
+# %% 3. Forward process — Sec. 2, q(x_t | x_0) with the linear schedule alpha_t = 1 - t
+def draw_uniform(shape: Sequence[int], generator: torch.Generator, device) -> Tensor:
+    """Uniform [0, 1) drawn where the generator lives, so a seed means the same on CPU and GPU."""
+    return torch.rand(shape, generator=generator, device=generator.device).to(device)
+
+
+def sample_t(n: int, generator: torch.Generator, device=None, eps: float = 1e-3) -> Tensor:
+    """Draw n noise levels t = u (1 - eps) + eps, u ~ U[0, 1): (n,) in [eps, 1). The floor bounds 1/t."""
+    return draw_uniform((n,), generator, device) * (1 - eps) + eps
+
+
+def forward_process(
+    x0: Tensor, t: Tensor, keep: Tensor, mask_id: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw x_t ~ q(x_t | x_0): each token becomes [MASK] with probability t, on its own.
+
+    x0 (B, L) int64 token ids; t (B,) in (0, 1]; keep (B, L) True = never masked (the prompt).
+    Returns xt (B, L) and masked (B, L) bool. Draws B*L uniforms from `generator` alone.
+    """
+    assert x0.ndim == 2 and t.shape == x0.shape[:1] and keep.shape == x0.shape
+    u = draw_uniform(x0.shape, generator, x0.device)  # (B, L)
+    masked = (u < t[:, None]) & ~keep  # (B, L)
+    return torch.where(masked, mask_id, x0), masked
+
+
+# %% 4. Masked SFT loss — Sec. 2 and 3.3, Algorithm 2
+def masked_nelbo(
+    logits: Tensor, x0: Tensor, masked: Tensor, t: Tensor, keep: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Upper bound on -log p(x0 | prompt) per reply token, in nats.   d1 Eq. (1), Sec. 2
+
+        L(theta) = - E_{t ~ U(0,1), x_t ~ q} [ 1/t  sum_k 1[x_t^k = mask] log p_theta(x_0^k | x_t) ]
+
+    logits (B, L, V) of p_theta(. | x_t); x0 (B, L); masked (B, L) True where x_t is [MASK]; t (B,);
+    keep (B, L) True = prompt. The sum is divided by the number of tokens with keep False, EOS
+    padding included, as the official SFT trainer does. Returns (loss, metrics): "ce", the mean
+    cross-entropy of the masked tokens, and "accuracy", the share of them whose argmax is right.
+    """
+    assert logits.shape[:2] == x0.shape == masked.shape == keep.shape and t.shape == x0.shape[:1]
+    picked, target = logits[masked].float(), x0[masked]  # (N, V), (N,)
+    ce = F.cross_entropy(picked, target, reduction="none")  # (N,)
+    weight = (1 / t)[:, None].expand_as(masked)[masked]  # (N,)  1/t = -alpha'_t / (1 - alpha_t)
+    loss = (ce * weight).sum() / (~keep).sum().clamp(min=1)
+    n = max(len(target), 1)
+    hits = (picked.argmax(-1) == target).sum()
+    return loss, {"ce": ce.detach().sum() / n, "accuracy": hits / n}
+
+
+# %% 5. One-step estimator — Sec. 3.1
+def extend_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """(B, P) True = real prompt token -> (B, length): every completion position is real."""
+    if attention_mask is None:
+        return None
+    return F.pad(attention_mask.bool(), (0, length - attention_mask.shape[1]), value=True)
+
+
+def guided_logits(
+    model, canvas: Tensor, is_prompt: Tensor, mask_id: int, attention_mask: Tensor | None, cfg_scale: float
+) -> Tensor:
+    """Logits of p(. | canvas), with classifier-free guidance if cfg_scale > 0.
+
+    canvas (B, L); is_prompt (B, L) True = hidden in the unconditional pass. Returns (B, L, V):
+    l_uncond + (cfg_scale + 1) (l_cond - l_uncond)   (LLaDA, App. on guidance)
+    """
+    if cfg_scale == 0.0:
+        return model(canvas, attention_mask=attention_mask).logits
+    both = torch.cat([canvas, torch.where(is_prompt, mask_id, canvas)])  # (2B, L)
+    mask = None if attention_mask is None else attention_mask.repeat(2, 1)
+    cond, uncond = model(both, attention_mask=mask).logits.chunk(2)  # (B, L, V) each
+    return uncond + (cfg_scale + 1) * (cond - uncond)
+
+
+def draw_prompt_mask(real: Tensor, pmask: float, generator: torch.Generator) -> Tensor:
+    """Draw which prompt tokens q' hides: each real one with probability p_mask. (B, P) -> (B, P)."""
+    return (draw_uniform(real.shape, generator, real.device) < pmask) & real
+
+
+def one_step_logp(
+    model, prompt: Tensor, completion: Tensor, hide: Tensor, mask_id: int,
+    attention_mask: Tensor | None = None, cfg_scale: float = 0.0,
+) -> Tensor:
+    """log phi(o^k | q') for every completion token from one forward pass.   d1 Sec. 3.1
+
+        phi(o^k | q') = p_theta(o^k | q' + M...M),   q' = the prompt with `hide` masked,
+        log pi(o | q) ~ sum_k log phi(o^k | q')      (mean-field: the tokens given q' independent)
+
+    prompt (B, P), left-padded; completion (B, C); hide (B, P) True = masked in q';
+    attention_mask (B, P) or (B, P+C) True = real token, None = all. Returns (B, C) float32, in nats.
+    Exact for one-token completions with nothing hidden; biased otherwise, since token k sees
+    none of the other tokens. Draws nothing: old, ref and new share a mask by sharing `hide` [D3].
+    """
+    assert hide.shape == prompt.shape and len(completion) == len(prompt)
+    q = torch.where(hide, mask_id, prompt)  # (B, P)
+    canvas = torch.cat([q, torch.full_like(completion, mask_id)], dim=1)  # (B, P+C)
+    is_prompt = torch.arange(canvas.shape[1], device=canvas.device) < prompt.shape[1]  # (P+C,)
+    attention_mask = extend_mask(attention_mask, canvas.shape[1])
+    logits = guided_logits(model, canvas, is_prompt.expand_as(canvas), mask_id, attention_mask, cfg_scale)
+    logits = logits[:, prompt.shape[1] :].float()  # (B, C, V)
+    return logits.log_softmax(-1).gather(-1, completion[..., None])[..., 0]  # (B, C)
+
+
+# %% 6. diffu-GRPO — Sec. 3.2, Algorithm 1
+def group_advantages(rewards: Tensor, group: int) -> Tensor:
+    """Advantage of each completion over its group.   d1 Eq. (2), Sec. 2
+
+        A_i = r_i - mean(r_1, ..., r_G)              (no division by the standard deviation)
+
+    rewards (B,), the G completions of a prompt adjacent, B a multiple of G. Returns (B,) float32.
+    """
+    if len(rewards) % group:
+        raise ValueError(f"{len(rewards)} rewards cannot be split into groups of {group}")
+    r = rewards.float().view(-1, group)  # (B/G, G)
+    return (r - r.mean(1, keepdim=True)).flatten()
+
+
+def live_tokens(completion: Tensor, eos_id: int) -> Tensor:
+    """True up to and with the first EOS; what follows it is padding. (B, C) -> (B, C) bool."""
+    ended = (completion == eos_id).long().cumsum(1)  # (B, C) EOS seen so far, this token included
+    return (ended - (completion == eos_id).long()) == 0
+
+
+def token_objective(logp: Tensor, logp_old: Tensor | None, advantages: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The clipped surrogate of one token, as in GRPO.   d1 Eq. (3), Sec. 2
+
+        min( rho A, clip(rho, 1-eps, 1+eps) A ),     rho = pi_theta(o^k) / pi_old(o^k)
+
+    logp, logp_old (B, C); advantages (B,). Returns (B, C) the objective and (B, C) True = clipped.
+    """
+    old = logp.detach() if logp_old is None else logp_old
+    rho = (logp - old).exp()  # (B, C)
+    gain = rho * advantages[:, None]  # (B, C)
+    bound = rho.clamp(1 - eps, 1 + eps) * advantages[:, None]  # (B, C)
+    return torch.min(gain, bound), bound < gain
+
+
+def diffu_grpo_loss(
+    logp: Tensor, logp_old: Tensor | None, logp_ref: Tensor | None, advantages: Tensor, live: Tensor,
+    *, eps: float = 0.5, beta: float = 0.04, norm: str = "sequence",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The diffu-GRPO objective, negated: minimise it.   d1 Eq. (4), Sec. 3.2
+
+        J(theta) = E[ 1/G sum_i 1/|o_i| sum_k min( rho_i^k A_i, clip(rho_i^k, 1-eps, 1+eps) A_i ) ]
+                   - beta KL(phi_theta || phi_ref),
+        rho_i^k = phi_theta(o_i^k | q') / phi_old(o_i^k | q'),
+        KL ~ exp(d) - d - 1 >= 0,  d = log phi_ref - log phi_theta     (k3, on the same q')
+
+    logp, logp_old, logp_ref (B, C) from `one_step_logp` on the same q'; advantages (B,);
+    live (B, C) bool. logp_old None: rho is 1 with gradient. logp_ref None or beta 0: no KL term.
+    Returns (loss, {"kl", "clip_frac", "ratio_max"}), the metrics over live tokens.
+    """
+    assert logp.shape == live.shape and advantages.shape == logp.shape[:1]
+    gain, clipped = token_objective(logp, logp_old, advantages, eps)  # (B, C) each
+    kl = torch.zeros_like(logp)  # (B, C)
+    if logp_ref is not None and beta != 0:
+        d = logp_ref - logp  # (B, C)
+        kl = d.exp() - d - 1
+    loss = beta * kl - gain  # (B, C)
+    n_live = live.sum().clamp(min=1)
+    # [D1] paper: mean within a completion, then over completions. official: one mean over all live
+    #      tokens (diffu_grpo_trainer.py:121), so long replies weigh more. here: `norm`, default paper.
+    if norm == "sequence":
+        loss = ((loss * live).sum(1) / live.sum(1).clamp(min=1)).mean()
+    elif norm == "token":
+        loss = (loss * live).sum() / n_live
+    else:
+        raise ValueError(f"norm must be 'sequence' or 'token', not {norm!r}")
+    with torch.no_grad():
+        rho = torch.ones_like(logp) if logp_old is None else (logp - logp_old).exp()
+        metrics = {"kl": (kl * live).sum() / n_live, "clip_frac": (clipped & live).sum() / n_live,
+                   "ratio_max": torch.where(live, rho, 0.0).max()}  # fmt: skip
+    return loss, metrics
+
+
+# %% 7. Block decoder — semi-autoregressive denoising with remasking (LLaDA; Sec. 4 evaluation)
+@dataclass(frozen=True)
+class Frame:
+    """The canvas after one denoising step."""
+
+    ids: Tensor  # (B, P+C) token ids, [MASK] where nothing is committed yet
+    new: Tensor  # (B, P+C) bool, True = committed by this step
+    block: int
+    step: int
+
+
+def check_decoding(gen_length: int, block_length: int, steps: int | None, remasking: str, cache: str) -> None:
+    """Raise ValueError with one clear line if the decoder cannot run these values."""
+    if gen_length < 1 or block_length < 1 or gen_length % block_length:
+        raise ValueError(f"gen_length {gen_length} must be a positive multiple of block_length {block_length}")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    if remasking not in ("low_confidence", "random"):
+        raise ValueError(f"remasking must be 'low_confidence' or 'random', not {remasking!r}")
+    if cache != "none":
+        raise ValueError(f"cache must be 'none', not {cache!r}")
+
+
+def row_generators(generator, rows: int) -> list[torch.Generator]:
+    """One generator a row: the sequence given, or `rows` new ones seeded by one generator's draw."""
+    if generator is None:
+        raise ValueError("temperature > 0 and random remasking need a generator: pass torch.Generator().manual_seed(...)")
+    if not isinstance(generator, torch.Generator):
+        return list(generator)
+    seeds = torch.randint(2**62, (rows,), generator=generator, device=generator.device).tolist()
+    return [torch.Generator(generator.device).manual_seed(s) for s in seeds]
+
+
+def sample_tokens(logits: Tensor, temperature: float, counts: list[int], generators) -> Tensor:
+    """One token for each position: argmax, or a sample of softmax(logits / T) by Gumbel-max.
+
+    logits (N, V) float32, the rows' positions one after another, counts[i] of them for row i.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    # [D5] official draws the noise in bf16 while training, where its tail is cut and likely tokens
+    #      come up too often (diffu_grpo_trainer.py:165). here: float32, and a private stream a row.
+    noise = torch.cat([
+        torch.empty(n, logits.shape[-1], device=g.device).exponential_(generator=g)
+        for n, g in zip(counts, generators, strict=True)
+    ]).to(logits.device)  # (N, V) -log of it is Gumbel  # fmt: skip
+    return (logits / temperature - noise.log()).argmax(-1)
+
+
+def score_positions(logits, tokens, remasking, counts, generators) -> Tensor:
+    """Priority of each position: p(token) for low-confidence remasking, else uniform. (N,)"""
+    if remasking == "random":
+        draws = [torch.rand(n, generator=g, device=g.device) for n, g in zip(counts, generators, strict=True)]
+        return torch.cat(draws).to(logits.device)
+    return logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0].exp()
+
+
+@torch.no_grad()
+def denoise_step(model, x, lo, hi, quota, *, prompt_len, mask_id, mask, temperature, cfg_scale, remasking, threshold, generators):
+    """Commit some of the block's masked tokens; `quota` a row, or all above `threshold`. -> new (B, L)
+
+    x (B, L) canvas; lo, hi the block's bounds; mask (B, L) attention. Returns (x', new).
+    """
+    is_prompt = (torch.arange(x.shape[1], device=x.device) < prompt_len).expand_as(x)  # (B, L)
+    logits = guided_logits(model, x, is_prompt, mask_id, mask, cfg_scale)[:, lo:hi]  # (B, K, V)
+    open_ = x[:, lo:hi] == mask_id  # (B, K) True = may be committed
+    counts = open_.sum(1).tolist()
+    logits = logits[open_].float()  # (N, V) only where a token can be committed
+    # [D17] a predicted [MASK] stays masked in the official decoder. here: it is never drawn; the
+    #       confidence keeps its share of the mass, so greedy order is the official one.
+    allowed = logits.index_fill(-1, torch.tensor([mask_id], device=x.device), -math.inf)
+    tokens = sample_tokens(allowed, temperature, counts, generators)  # (N,)
+    score = torch.full(open_.shape, -math.inf, device=x.device)  # (B, K)
+    score[open_] = score_positions(logits, tokens, remasking, counts, generators)
+    if threshold is None:
+        top = score.topk(min(quota, score.shape[1]), dim=1).indices  # (B, quota)
+        commit = torch.zeros_like(open_).scatter(1, top, True) & open_
+    else:  # every position above the threshold, and always the best one, so that it ends
+        best = F.one_hot(score.argmax(1), score.shape[1]).bool()
+        commit = ((score > threshold) | best) & open_
+    proposal = torch.full_like(x[:, lo:hi], mask_id)
+    proposal[open_] = tokens
+    new = torch.zeros_like(x, dtype=torch.bool)
+    new[:, lo:hi] = commit
+    return torch.cat([x[:, :lo], torch.where(commit, proposal, x[:, lo:hi]), x[:, hi:]], dim=1), new
+
+
+def diffuse_steps(
+    model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor | None = None, gen_length: int = 256,
+    block_length: int = 32, steps: int | None = None, temperature: float = 0.0, cfg_scale: float = 0.0,
+    remasking: str = "low_confidence", threshold: float | None = None, cache: str = "none",
+    eos_id: int | None = None, stop_at_eos: bool = False, generator=None,
+) -> Iterator[Frame]:
+    """Denoise block by block, left to right; yield one Frame per step. No autograd, no printing.
+
+    prompt (B, P), left-padded; attention_mask (B, P) True = real token: a prompt alone or in a
+    padded batch gives the same tokens [D4]. steps None = gen_length/2, two tokens a step;
+    n masked tokens over s steps are n // s each and one more in the first n % s.
+    temperature 0 is greedy. With stop_at_eos a row leaves the batch once a finished block of it
+    holds EOS and the rest becomes EOS, which changes nothing up to its first EOS.
+    generator: one torch.Generator, from which a seed a row is drawn, or a sequence of one a row.
+    """
+    check_decoding(gen_length, block_length, steps, remasking, cache)
+    if stop_at_eos and eos_id is None:
+        raise ValueError("stop_at_eos needs eos_id")
+    (rows, plen), blocks = prompt.shape, gen_length // block_length
+    steps_per_block = max(1, (gen_length // 2 if steps is None else steps) // blocks)
+    generators = row_generators(generator, rows) if temperature > 0 or remasking == "random" else [None] * rows
+    x = F.pad(prompt, (0, gen_length), value=mask_id)  # (B, P+C) a new tensor
+    # [D4] official passes no attention mask, so left padding changes the reply
+    #      (diffu_grpo_trainer.py:396). here: padding is never attended to.
+    mask = extend_mask(attention_mask, x.shape[1])
+    active = torch.arange(rows, device=x.device)  # rows still being written
+    for b in range(blocks):
+        lo, hi, step = plen + b * block_length, plen + (b + 1) * block_length, 0
+        while (left := int((x[active, lo:hi] == mask_id).sum(1).max())) > 0:
+            quota = -(-left // max(steps_per_block - step, 1))  # the ceiling spreads the remainder first
+            part, new_part = denoise_step(
+                model, x[active], lo, hi, quota, prompt_len=plen, mask_id=mask_id,
+                mask=None if mask is None else mask[active], temperature=temperature, cfg_scale=cfg_scale,
+                remasking=remasking, threshold=threshold, generators=[generators[i] for i in active.tolist()],
+            )  # fmt: skip
+            x = x.index_copy(0, active, part)
+            new = torch.zeros_like(x, dtype=torch.bool).index_copy(0, active, new_part)
+            yield Frame(x, new, b, step)
+            step += 1
+        if stop_at_eos:
+            active = active[(x[active, lo:hi] != eos_id).all(1)]
+            if len(active) == 0:
+                break
+    if stop_at_eos and bool((x == mask_id)[:, plen:].any()):
+        new = x == mask_id
+        new[:, :plen] = False
+        yield Frame(torch.where(new, eos_id, x), new, blocks - 1, steps_per_block)
+
+
+def diffuse_decode(model, prompt: Tensor, *, mask_id: int, **options) -> Tensor:
+    """Write a reply to each prompt: `diffuse_steps`, drained. Same options. Returns (B, P+C)."""
+    for frame in diffuse_steps(model, prompt, mask_id=mask_id, **options):
+        ids = frame.ids
+    return ids
+# %% 8. Models — a bidirectional Llama (LLaDA's shape), no remote code
+ALIASES = {"llada/llada-8b-instruct": "GSAI-ML/LLaDA-8B-Instruct"}
+LLADA_MASK_ID = 126336
+TINY_SHAPE = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)
+# LLaDA's module names -> Llama's; its network is Llama's with full attention (DESIGN of LLaDA, App. B)
+_BLOCK, _LAYER = r"^model\.transformer\.blocks\.(\d+)\.", r"model.layers.\1."
+LLADA_KEYS = {
+    r"^model\.transformer\.wte\.": "model.embed_tokens.",
+    r"^model\.transformer\.ln_f\.": "model.norm.",
+    r"^model\.transformer\.ff_out\.": "lm_head.",
+    _BLOCK + r"attn_norm\.": _LAYER + "input_layernorm.",
+    _BLOCK + r"ff_norm\.": _LAYER + "post_attention_layernorm.",
+    _BLOCK + r"q_proj\.": _LAYER + "self_attn.q_proj.",
+    _BLOCK + r"k_proj\.": _LAYER + "self_attn.k_proj.",
+    _BLOCK + r"v_proj\.": _LAYER + "self_attn.v_proj.",
+    _BLOCK + r"attn_out\.": _LAYER + "self_attn.o_proj.",
+    _BLOCK + r"ff_proj\.": _LAYER + "mlp.gate_proj.",
+    _BLOCK + r"up_proj\.": _LAYER + "mlp.up_proj.",
+    _BLOCK + r"ff_out\.": _LAYER + "mlp.down_proj.",
+}
+
+
+def llada_config(raw: dict):
+    """A LlamaConfig for a LLaDA checkpoint's config.json; the embedding may be wider than the vocabulary."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=raw.get("embedding_size") or raw["vocab_size"], hidden_size=raw["d_model"],
+        intermediate_size=raw["mlp_hidden_size"], num_hidden_layers=raw["n_layers"],
+        num_attention_heads=raw["n_heads"], num_key_value_heads=raw.get("n_kv_heads") or raw["n_heads"],
+        rms_norm_eps=raw["rms_norm_eps"], max_position_embeddings=raw["max_sequence_length"],
+        rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]}, tie_word_embeddings=False,
+        eos_token_id=raw.get("eos_token_id"), pad_token_id=raw.get("pad_token_id"), is_causal=False,
+        mask_token_id=raw.get("mask_token_id", LLADA_MASK_ID),
+    )  # fmt: skip
+
+
+def tiny_model(tokenizer, seed: int = 0):
+    """The embedded model: LLaDA's network with 0.4 M weights, random from `seed`, fp32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=2048, tie_word_embeddings=False, is_causal=False,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        mask_token_id=tokenizer.mask_token_id, **TINY_SHAPE,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):  # transformers initialises from the global stream
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def adapt_with_lora(model, r: int, alpha: int, trainable: bool = True):
+    """Wrap a model in LoRA on every linear layer of its blocks. Raises UserError if there is none."""
+    from peft import LoraConfig, get_peft_model
+
+    # [D7] official lists Llama's names, of which LLaDA has only some: q, k, v, up are adapted and the
+    #      rest silently not. here: the names are read off the model, and no match is an error.
+    head = model.get_output_embeddings()
+    found = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    if not found:
+        raise UserError(f"no linear layer to adapt in {type(model).__name__}; train without --use_lora")
+    # [D6] official leaves dropout .05 on in rollouts and all log-probabilities. here: 0.
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=sorted(found))
+    # [D19] a bf16 adapter hardly moves at lr 1e-5. here: autocast_adapter_dtype keeps it fp32.
+    return get_peft_model(model, config, autocast_adapter_dtype=True)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file's content, {} if there is no such file."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def resolve_checkpoint(name: str) -> str:
+    """The folder or hub id behind a --model value. UserError if it looks like a path and is none."""
+    name = ALIASES.get(name.lower(), name)
+    if Path(name).is_dir():
+        if not (Path(name, "config.json").exists() or Path(name, "adapter_config.json").exists()):
+            raise UserError(f"{name} holds no model: neither config.json nor adapter_config.json is there")
+    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"--model {name}: no such folder; give tiny, a hub id such as GSAI-ML/LLaDA-8B-Instruct, or a checkpoint")
+    return name
+
+
+def read_config(name: str) -> dict:
+    """config.json of a folder or hub id, as a dict."""
+    from transformers import PretrainedConfig
+
+    try:
+        return PretrainedConfig.get_config_dict(name)[0]
+    except OSError as e:
+        raise UserError(f"cannot load {name}: {str(e).splitlines()[0]} Without a network give --model a local folder.") from e
+
+
+def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto", device=None, seed=0):
+    """Load a model and its tokenizer: (model, tokenizer), with model(input_ids, attention_mask=None).logits.
+
+    name: "tiny" (random from `seed`), a hub id, a folder, LLaDA's format included, or an adapter
+    folder of this script. dtype: None = fp32 for fp32 checkpoints on CPU, bf16 on CUDA. lora: None
+    or (r, alpha). Raises UserError where the model cannot be had. No remote code is ever run.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "tiny":
+        tokenizer = build_tokenizer()
+        model = tiny_model(tokenizer, seed).to(device)
+        return (adapt_with_lora(model, *lora) if lora else model), tokenizer
+    name = resolve_checkpoint(name)
+    adapter = name if Path(name, "adapter_config.json").exists() else None
+    base = read_json(Path(name, "adapter_config.json"))["base_model_name_or_path"] if adapter else name
+    if adapter and base == "tiny":
+        raise UserError(f"{name} is an adapter of the random tiny model; train it without --use_lora")
+    raw = read_config(base)
+    options = dict(dtype=dtype or (torch.bfloat16 if device != "cpu" else "auto"), device_map={"": device})
+    options["attn_implementation"] = choose_attention(attn, device)
+    if load_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16)  # fmt: skip
+    if raw.get("model_type") == "llada":
+        model = LlamaForCausalLM.from_pretrained(base, config=llada_config(raw), key_mapping=LLADA_KEYS, **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(base, **options)
+        model.config.is_causal = False
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if tokenizer.mask_token_id is None:
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(raw.get("mask_token_id", LLADA_MASK_ID))
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        lora = None
+    return (adapt_with_lora(model, *lora) if lora else model), tokenizer
+
+
+def choose_attention(attn: str, device: str) -> str:
+    """auto = FlashAttention-2 if it is installed and the device is CUDA, else SDPA."""
+    if attn != "auto":
+        return attn
+    import importlib.util
+
+    return "flash_attention_2" if device != "cpu" and importlib.util.find_spec("flash_attn") else "sdpa"
+
+
+# %% 9. Tokenizer and chat template
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+WORDS = ("<reasoning>\n", "\n</reasoning>\n", "<answer>\n", "\n</answer>", "<reasoning>", "</reasoning>",
+         "<answer>", "</answer>", "\\boxed{", "Tom has ", " apples", " bags of ", " and buys ", " and eats ",
+         " more", ". How many are left?", ". How many now?", "Compute ", "Can make ", "I guess.", "Rows.", "Rows, columns and boxes.", "; it takes ", ", ")  # fmt: skip
+
+
+def build_tokenizer():
+    """The tiny model's tokenizer: bytes, and one token for each tag, stock phrase and instruction.
+
+    Any text can be encoded; what the four tasks say often costs one token, so that their prompts,
+    the same as a large model gets, stay short.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|mask|>", "<|user|>", "<|assistant|>", "<|eot|>"]
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    phrases = [p for task in TASKS.values() for p in (task.system + "\n\n", *task.stems)]
+    core.add_special_tokens([AddedToken(s, normalized=False) for s in special])
+    core.add_tokens([AddedToken(w, normalized=False) for w in dict.fromkeys([*WORDS, *phrases])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=special[0], pad_token=special[0], mask_token=special[1], chat_template=TEMPLATE
+    )
+
+
+def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
+    """Token ids of a chat up to where the reply begins; the one prompt builder of all stages."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode_example(tokenizer, messages: list[dict], reply: str) -> tuple[list[int], int]:
+    """Prompt + reply + EOS as ids, and the prompt's length.
+
+    [D16] official counts one header and newline too many into the prompt, which can leave the
+    reply's first token untrained. Here the two parts are encoded apart, so the border is exact.
+    """
+    prompt = encode_prompt(tokenizer, messages)
+    return prompt + tokenizer(reply, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id], len(prompt)
+
+
+def pad_left(rows: list[list[int]], pad_id: int, device=None) -> tuple[Tensor, Tensor]:
+    """Prompts as one batch: ids (B, P) and real (B, P) bool, False on the padding."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (width - len(r)) + r for r in rows], device=device)
+    real = torch.tensor([[False] * (width - len(r)) + [True] * len(r) for r in rows], device=device)
+    return ids, real
+
+
+def reply_texts(tokenizer, completion: Tensor) -> list[str]:
+    """The reply of each row up to its first EOS, as text. completion (B, C)."""
+    rows = completion.tolist()
+    eos = tokenizer.eos_token_id
+    return tokenizer.batch_decode([r[: r.index(eos)] if eos in r else r for r in rows], skip_special_tokens=True)
+# %% 10. Tasks, rewards, grading — App. D
+SYSTEM = (
+    "Think step by step, then answer. Write your reply exactly in this form:\n"
+    "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"
+)
+
+
+@dataclass(frozen=True)
+class Grade:
+    """Verdict on one reply: right or not, a score in [0, 1] (sudoku: share of empty cells), the answer read."""
+
+    correct: bool
+    score: float
+    answer: str | None
+
+
+def last_answer(text: str) -> str | None:
+    """What stands in the last complete <answer> block, stripped; None if there is none."""
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    return text[start + len("<answer>") : end].strip() if 0 <= start < end else None
+
+
+def tag_answer(text: str) -> str:
+    """The official reading: after the last <answer>, up to the next </answer>; the whole text without tags."""
+    return text.split("<answer>")[-1].split("</answer>")[0].strip()
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last \boxed{...} with balanced braces, or None. Linear in the text's length."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for i in range(start + len("\\boxed"), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[start + len("\\boxed{") : i]
+    return None
+
+
+def parse_number(text: str | None) -> Fraction | None:
+    """A plain number, as people write one: 72, -3, $1,234, 12.50, 50%. None if it is anything else."""
+    if text is None or len(text) > 64:
+        return None
+    # [D14] official finds no number in 1,234. here: thousands commas, signs and units of money pass.
+    text = unicodedata.normalize("NFKC", text).strip().strip("$%. ").replace("\\$", "").replace("$", "")
+    if not re.fullmatch(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?", text) or not any(c.isdigit() for c in text):
+        return None
+    return Fraction(text.replace(",", ""))
+
+
+def evaluate_expression(text: str, numbers: Sequence[int]) -> Fraction | None:
+    """Exact value of + - * / and brackets over the given integers, each used once; None otherwise.
+
+    [D11] official pays for any answer and calls eval on it, so 9**9**9 hangs. Here the text is
+    parsed, never run; at most 200 characters, only the four operations, and exact rationals.
+    """
+    text = unicodedata.normalize("NFKC", text)
+    for tex, op in (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("×", "*"), ("÷", "/")):
+        text = text.replace(tex, op)
+    if len(text) > 200 or not re.fullmatch(r"[\d+\-*/()\s]+", text, re.ASCII):
+        return None
+    if not uses_numbers(text, numbers):
+        return None
+    operations = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__, ast.Div: Fraction.__truediv__}
+
+    def value(node) -> Fraction:
+        if isinstance(node, ast.Constant):
+            return Fraction(node.value)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        if isinstance(node, ast.BinOp) and type(node.op) in operations:
+            return operations[type(node.op)](value(node.left), value(node.right))
+        raise ValueError("not one of the four operations")
+
+    try:
+        return value(ast.parse("".join(text.split()), mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
+        return None
+
+
+def tag_count_reward(text: str) -> float:
+    """Up to .5 for the four tags on lines of their own, less .001 a character after the last (official rule)."""
+    score = 0.125 * (text.count("<reasoning>\n") == 1) + 0.125 * (text.count("\n</reasoning>\n") == 1)
+    if text.count("\n<answer>\n") == 1:
+        score += 0.125 - 0.001 * len(text.split("\n</answer>\n")[-1])
+    if text.count("\n</answer>") == 1:
+        score += 0.125 - 0.001 * (len(text.split("\n</answer>")[-1]) - 1)
+    return score
+
+
+class Task:
+    """One benchmark: where its problems come from, how they are asked, paid and graded.
+
+    A subclass gives `generate` (one generated problem of a split), `parse` (a row of a data file ->
+    example), `question`, `solve` (a demonstration: careful or careless), `rewards` and `grade`.
+    """
+
+    name = ""  # as in --task
+    official_name = ""  # as in the official generations' file names
+    hub = ""  # public data set
+    rules = ""  # added to the system text
+    stems: tuple[str, ...] = ()  # the fixed words of a question
+    shared = ""  # what no two splits share
+
+    @property
+    def system(self) -> str:
+        return SYSTEM + self.rules
+
+    def examples(self, split: str, n: int | None = None, seed: int = 0, data: str | None = None) -> list[dict]:
+        """n problems of "train", "heldout" or "test": generated, or read from `data`. All of a file if n is None."""
+        if data:
+            rows = [self.parse(row) for row in read_rows(data, split)]
+            return rows if n is None else rows[:n]
+        rng = random.Random(f"{self.name}/{split}/{seed}")
+        return [self.generate(split, rng) for _ in range(256 if n is None else n)]
+
+    def messages(self, example: dict) -> list[dict]:
+        """The chat that asks one problem; training and evaluation share it [D13]."""
+        # [D13] official trains with a tags-only text and tests with a math-expert text, a boxed answer
+        #       and a prefilled <reasoning>. here: one builder for SFT, RL and evaluation.
+        return [{"role": "user", "content": f"{self.system}\n\n{self.question(example)}"}]
+
+    def ground_truth(self, example: dict) -> Any:
+        """What the official generations file holds as ground_truth."""
+        return example["answer"]
+
+    def of_record(self, record: dict) -> dict:
+        """The example behind a row of a generations file."""
+        return {"answer": str(record["ground_truth"])}
+
+    def seen(self, examples: list[dict]) -> int | None:
+        """How many problems share `shared` with the embedded training split; None if that says nothing."""
+        return None
+
+    def demonstrate(self, example: dict, rng: random.Random, careful: bool) -> str:
+        """A reply in the required form, by a careful solver who works it out or a careless one who guesses."""
+        work, answer = self.solve(example, rng, careful)
+        return f"<reasoning>\n{work}\n</reasoning>\n<answer>\n{answer}\n</answer>"
+
+
+def read_rows(data: str, split: str) -> list[dict]:
+    """Rows of a local JSONL, JSON, CSV or Parquet file, or of a hub data set's split."""
+    import datasets
+
+    path = Path(data)
+    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    try:
+        if path.suffix in kinds:
+            if not path.is_file():
+                raise UserError(f"no such data file: {data}")
+            if path.suffix == ".csv":  # every column as text: a puzzle's leading zeros are digits
+                with path.open(newline="", encoding="utf-8") as f:
+                    return list(csv.DictReader(f))
+            return list(datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train"))
+        return list(datasets.load_dataset(data, split="test" if split == "test" else "train"))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
+        raise UserError(f"cannot read {data}: {str(e).splitlines()[0]}; without a network give a local file") from e
+
+
+def split_of(key: str) -> str:
+    """A fixed split for a problem's key, the same in every run: 80 % train, 8 % heldout, 12 % test."""
+    bucket = hashlib.sha256(key.encode()).digest()[0] / 256
+    return "train" if bucket < 0.8 else "heldout" if bucket < 0.88 else "test"
+
+
+def draw_in_split(split: str, draw: Callable[[], Any], key: Callable[[Any], str]) -> Any:
+    """Redraw until the problem's key falls in the split, so that splits share no key."""
+    while split_of(key(item := draw())) != split:
+        pass
+    return item
+
+
+class Gsm8k(Task):
+    """Grade-school word problems; generated stand-ins where no data set is given."""
+
+    name = official_name = "gsm8k"
+    hub = "openai/gsm8k"
+
+    def generate(self, split, rng):
+        def draw():
+            return rng.choice((" more", " bags of ")), rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 9)
+
+        kind, a, b, c = draw_in_split(split, draw, lambda p: f"gsm8k/{p}")
+        if kind == " more":
+            question = f"Tom has {a} apples and buys {b} more and buys {c} more. How many now?"
+            work, answer = f"{a}+{b}={a + b}\n{a + b}+{c}={a + b + c}", a + b + c
+        else:
+            question = f"Tom has {a} apples and buys {b} bags of {c}. How many now?"
+            work, answer = f"{b}*{c}={b * c}\n{b * c}+{a}={b * c + a}", b * c + a
+        return {"question": question, "answer": str(answer), "work": work}
+
+    def parse(self, row):
+        return {"question": row["question"], "answer": row["answer"].split("####")[-1].strip().replace(",", "")}
+
+    def question(self, example):
+        return example["question"]
+
+    def solve(self, example, rng, careful):
+        if careful:
+            return example["work"], example["answer"]
+        return "I guess.", str(max(int(example["answer"]) + rng.choice((-3, -2, -1, 1, 2, 3)), 0))
+
+    def ground_truth(self, example):
+        return float(example["answer"].replace(",", ""))
+
+    def of_record(self, record):
+        gold = record["ground_truth"]
+        return {"answer": "" if gold is None else f"{gold:g}" if isinstance(gold, float) else str(gold)}
+
+    def rewards(self, completion, example, official=False):
+        found = tag_answer(completion) if official else last_answer(completion)
+        # [D10] official's patterns lack DOTALL (reward_func.py:49), so work of two lines never earns
+        #       the format reward. here: "." matches a newline.
+        flags = 0 if official else re.DOTALL
+        strict = re.match(r"^<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n?$", completion, flags)
+        if official:
+            strict = re.match(r"^<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n$", completion)
+        soft = re.match(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", completion, flags)
+        number, gold = parse_number(found), parse_number(example["answer"])
+        right = found == example["answer"] if official else number is not None and number == gold
+        integer = (found or "").isdigit() if official else number is not None and number.denominator == 1
+        return {"correctness": 2.0 * right, "int": 0.5 * integer, "strict_format": 0.5 * bool(strict),
+                "soft_format": 0.5 * bool(soft), "xmlcount": tag_count_reward(completion)}  # fmt: skip
+
+    def grade(self, completion, example):
+        found = last_answer(completion) or last_boxed(completion)
+        found = last_boxed(found or "") or found
+        number = parse_number(found)
+        right = number is not None and number == parse_number(str(example["answer"]))
+        return Grade(right, float(right), found)
+
+
+class Math500(Task):
+    """Competition problems with a boxed answer; generated stand-ins where no data set is given."""
+
+    name, official_name = "math500", "math"
+    hub = "ankner/math-500"
+    rules = "\nPut the final answer in \\boxed{} inside the answer block."
+
+    def generate(self, split, rng):
+        def draw():
+            return rng.choice("+-"), rng.randint(2, 9), rng.randint(2, 9), rng.randint(1, 9)
+
+        op, a, b, c = draw_in_split(split, draw, lambda p: f"math/{p}")
+        total = a * b + (c if op == "+" else -c)
+        return {"problem": f"Compute {a}*{b}{op}{c}", "answer": str(total), "work": f"{a}*{b}={a * b}\n{a * b}{op}{c}={total}"}
+
+    def parse(self, row):
+        answer = row["answer"]
+        return {"problem": row["problem"], "answer": last_boxed(answer) or answer}
+
+    def question(self, example):
+        return example["problem"]
+
+    def solve(self, example, rng, careful):
+        answer = example["answer"] if careful else int(example["answer"]) + rng.choice((-3, -2, -1, 1, 2, 3))
+        return example["work"] if careful else "I guess.", f"\\boxed{{{answer}}}"
+
+    def rewards(self, completion, example, official=False):
+        tagged = "<answer>" in completion
+        inside = completion.split("<answer>")[1].split("</answer>")[0] if tagged else completion
+        # [D12] official looks for a backspace and "oxed" (a mistyped "\boxed"), so the bonus never
+        #       comes. here: it looks for \boxed.
+        boxed = ("\boxed" if official else "\\boxed") in inside
+        right = self.grade(completion, example).correct
+        return {"correctness": 2.0 * right, "boxed_and_answer_tags": 0.5 * tagged + (0.5 if boxed else 0.25)}
+
+    def grade(self, completion, example):
+        inside = last_answer(completion)
+        found = last_boxed(inside or "") or last_boxed(completion)
+        number = parse_number(found)
+        right = found is not None and (equal_latex(found, example["answer"]) or number is not None and number == parse_number(example["answer"]))
+        return Grade(right, float(right), found)
+
+
+def normalise_latex(text: str) -> str:
+    """A plain form of a LaTeX answer for comparison, by the rules of the official MATH grader.
+
+    Spacing, sizing, degree, dollar and percent signs go; a trailing unit goes; \\frac12, \\sqrt3 and
+    1/2 get braces; .5 and 0.5 become a fraction. Raises ValueError where the official rules fail.
+    """
+    for old, new in (("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), ("\\left", ""), ("\\right", ""),
+                     ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", "")):  # fmt: skip
+        text = text.replace(old, new)
+    if (units := text.split("\\text{ "))[1:]:
+        if len(units) > 2:
+            raise ValueError("two units")
+        text = units[0]
+    text = text.replace("\\%", "").replace("%", "").replace(" .", " 0.").replace("{.", "{0.")
+    text = "0" + text if text.startswith(".") else text
+    sides = text.split("=")
+    text = sides[1] if len(sides) == 2 and len(sides[0]) <= 2 else text
+    if re.search(r"\\sqrt$", text):
+        raise ValueError("a root of nothing")
+    text = re.sub(r"\\sqrt(?!\{)(.)", r"\\sqrt{\1}", text).replace(" ", "")
+    text = re.sub(r"\\frac(?!\{)(.)(?:\{([^{}]*)\}|(.))", lambda m: f"\\frac{{{m[1]}}}{{{m[2] or m[3]}}}", text)
+    text = "\\frac{1}{2}" if text == "0.5" else text
+    if len(parts := text.split("/")) == 2:
+        whole = [int(p) for p in parts]
+        text = f"\\frac{{{whole[0]}}}{{{whole[1]}}}" if text == f"{whole[0]}/{whole[1]}" else text
+    return text
+
+
+def equal_latex(a: str, b: str) -> bool:
+    """The official equality of two answers: same plain form, or the same text where that fails."""
+    try:
+        return normalise_latex(a) == normalise_latex(b)
+    except ValueError:
+        return a == b
+
+
+class Countdown(Task):
+    """Reach a target with + - * / and each of three numbers once. Generated: numbers 1 to 9, in order."""
+
+    name, official_name = "count", "countdown"
+    hub = "Jiayi-Pan/Countdown-Tasks-3to4"
+    rules = "\nUse each given number exactly once, with + - * / and brackets, to reach the target. Answer with the expression alone."
+    stems = ("Numbers: [", "]\nTarget: ")
+    shared = "numbers and target"
+
+    def generate(self, split, rng):
+        while True:
+            numbers = [rng.randint(1, 9) for _ in range(3)]
+            middle, target = self.steps(*numbers, rng.choice("+-*"), rng.choice("+-*"))
+            example = {"numbers": numbers, "target": target}
+            if middle > 0 and 0 < target < 100 and split_of(self.split_key(example)) == split:
+                return example
+
+    @staticmethod
+    def split_key(example: dict) -> str:
+        """Problems with the same numbers, in any order, and the same target are one problem."""
+        return f"count/{sorted(example['numbers'])}/{example['target']}"
+
+    @staticmethod
+    def steps(a, b, c, first, second):
+        operate = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+        middle = operate[first](a, b)
+        return middle, operate[second](middle, c)
+
+    def parse(self, row):
+        if "input" in row:
+            return {"numbers": [int(n) for n in row["input"].split(",")], "target": int(row["output"])}
+        return {"numbers": [int(n) for n in row.get("nums") or row["numbers"]], "target": int(row["target"])}
+
+    def question(self, example):
+        return f"Numbers: [{', '.join(map(str, example['numbers']))}]\nTarget: {example['target']}"
+
+    def solve(self, example, rng, careful):
+        a, b, c = example["numbers"]
+        target, ways = example["target"], list(itertools.product("+-*", repeat=2))
+        if careful:
+            ways = [w for w in ways if (s := self.steps(a, b, c, *w))[0] > 0 and s[1] == target]
+        first, second = rng.choice(ways)
+        makes = [a + b, a - b if a > b else "x", a * b]
+        takes = [target - c if target > c else "x", target + c, target // c if target % c == 0 else "x"]
+        work = f"Can make {','.join(map(str, makes))}; it takes {','.join(map(str, takes))}" if careful else "I guess."
+        left = f"({a}{first}{b})" if second == "*" and first != "*" else f"{a}{first}{b}"
+        return work, f"{left}{second}{c}"
+
+    def ground_truth(self, example):
+        return [example["numbers"], example["target"]]
+
+    def of_record(self, record):
+        return dict(zip(("numbers", "target"), record["ground_truth"], strict=True))
+
+    def seen(self, examples):
+        embedded = (e for e in examples if max(e["numbers"]) < 10 and len(e["numbers"]) == 3)
+        return sum(split_of(self.split_key(e)) == "train" for e in embedded)
+
+    def rewards(self, completion, example, official=False):
+        if official:
+            return {"countdown": official_countdown_reward(completion, example)}
+        found = last_answer(completion)
+        value = None if found is None else evaluate_expression(found, example["numbers"])
+        return {"countdown": 0.0 if value is None else 1.0 if value == example["target"] else 0.1}
+
+    def grade(self, completion, example):
+        found = last_answer(completion)
+        found = last_boxed(found or completion) or found
+        left = None if found is None else found.split("=")[0]
+        right = left is not None and evaluate_expression(left, example["numbers"]) == example["target"]
+        return Grade(right, float(right), found)
+
+
+def official_value(text: str) -> float | None:
+    """What Python's eval gives for digits, + - * / // ( ) and dots, without eval; None if it fails or explodes."""
+    text = " ".join(text.split())
+    if len(text) > 300 or not re.fullmatch(r"[\d+\-*/(). ]+", text, re.ASCII):
+        return None
+    binary = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv}
+    unary = {ast.USub: operator.neg, ast.UAdd: operator.pos}
+
+    def value(node):
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+            return node.value
+        if isinstance(node, ast.UnaryOp) and type(node.op) in unary:
+            return unary[type(node.op)](value(node.operand))
+        if isinstance(node, ast.BinOp) and type(node.op) in binary:
+            return binary[type(node.op)](value(node.left), value(node.right))
+        raise ValueError("not arithmetic")
+
+    try:
+        return float(value(ast.parse(text, mode="eval").body))
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
+        return None
+
+
+def uses_numbers(text: str, numbers: Sequence[int]) -> bool:
+    """True if the integers in the text are the given ones, each once; a digit string of any length is safe."""
+    found = re.findall(r"\d+", text)
+    return max(map(len, found), default=0) < 20 and sorted(map(int, found)) == sorted(n for n in numbers if isinstance(n, int))
+
+
+def official_countdown_reward(completion: str, example: dict) -> float:
+    """The official value: 1 right, .1 for any answer, 0 for none."""
+    answers = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
+    if not answers:
+        return 0.0
+    text = answers[-1].strip()
+    value = official_value(text) if uses_numbers(text, example["numbers"]) else None
+    return 1.0 if value is not None and abs(value - example["target"]) < 1e-5 else 0.1
+
+
+@functools.cache
+def sudoku_grids() -> tuple[str, ...]:
+    """The 288 complete 4x4 grids, as 16-character strings in a fixed shuffled order."""
+    rows = ["".join(p) for p in itertools.permutations("1234")]
+    grids = []
+    for four in itertools.product(rows, repeat=4):
+        boxes = [four[r][c : c + 2] + four[r + 1][c : c + 2] for r in (0, 2) for c in (0, 2)]
+        if all(len(set(u)) == 4 for u in (*zip(*four, strict=True), *boxes)):
+            grids.append("".join(four))
+    random.Random(0).shuffle(grids)
+    return tuple(grids)
+
+
+class Sudoku(Task):
+    """4x4 sudoku with one solution. Generated puzzles have 8 empty cells, as the published ones."""
+
+    name = official_name = "sudoku"
+    rules = "\nFill the 4x4 grid, 0 = empty, so that rows, columns and 2x2 boxes hold 1 to 4 once. Answer with the 16 digits."
+    stems = ("Solve the following Sudoku puzzle: ",)
+    shared = "a solution grid"
+
+    @staticmethod
+    def grids(split: str) -> tuple[str, ...]:
+        """[D15] the official test puzzles share solution grids with training; here no grid is in two splits."""
+        all_ = sudoku_grids()
+        return {"train": all_[:200], "heldout": all_[200:228], "test": all_[228:]}[split]
+
+    def generate(self, split, rng):
+        while True:
+            solution = rng.choice(self.grids(split))
+            empty = set(rng.sample(range(16), 8))
+            puzzle = "".join("0" if i in empty else c for i, c in enumerate(solution))
+            fits = [g for g in sudoku_grids() if all(p in ("0", q) for p, q in zip(puzzle, g, strict=True))]
+            if len(fits) == 1:
+                return {"puzzle": puzzle, "solution": solution}
+
+    def parse(self, row):
+        row = {k.lower(): v for k, v in row.items()}
+        return {"puzzle": str(row["puzzle"]).zfill(16), "solution": str(row["solution"])}
+
+    def question(self, example):
+        return f"Solve the following Sudoku puzzle: {example['puzzle']}"
+
+    def solve(self, example, rng, careful):
+        if careful:
+            return "Rows, columns and boxes.", example["solution"]
+        rows = []  # only the rows: the missing digits in rising order
+        for row in re.findall("....", example["puzzle"]):
+            missing = iter(sorted(set("1234") - set(row)))
+            rows.append("".join(next(missing) if c == "0" else c for c in row))
+        return "Rows.", "".join(rows)
+
+    def ground_truth(self, example):
+        return example["solution"]
+
+    def of_record(self, record):
+        return {"puzzle": re.search(r"\d{16}", record["question"])[0], "solution": record["ground_truth"]}
+
+    def seen(self, examples):
+        return sum(e["solution"] in self.grids("train") for e in examples)
+
+    def rewards(self, completion, example, official=False):
+        blocks = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
+        digits = "".join(c for c in (blocks[-1] if blocks else "") if c.isdigit())
+        return {"sudoku": self.cells(digits, example)}
+
+    @staticmethod
+    def cells(digits: str, example: dict) -> float:
+        empty = [i for i, c in enumerate(example["puzzle"]) if c == "0"]
+        digits = digits.ljust(16, "0")
+        return sum(digits[i] == example["solution"][i] for i in empty) / len(empty) if empty else 0.0
+
+    def grade(self, completion, example):
+        found = last_answer(completion)
+        digits = re.sub(r"\s", "", found or "")
+        return Grade(digits == example["solution"], self.cells(digits, example), found)
+
+
+TASKS: dict[str, Task] = {t.name: t for t in (Gsm8k(), Math500(), Countdown(), Sudoku())}
+
+
+def grade_generation(task: str, row: dict, mode: str = "strict") -> Grade:
+    """Grade a row {"question", "generations", "ground_truth"} of a generations file.
+
+    mode "strict" is ours; "official" follows the official parser, whose sudoku score is the share
+    of empty cells. Both figures are reported [D14] [D15].
+    """
+    if task not in TASKS or mode not in ("strict", "official"):
+        raise ValueError(f"no grading of task {task!r} in mode {mode!r}")
+    example = TASKS[task].of_record(row)
+    if mode == "strict":
+        return TASKS[task].grade(row["generations"], example)
+    return OFFICIAL_GRADES[task](row["generations"], row, example)
+
+
+def official_boxed(text: str) -> str | None:
+    """Content of the last box as the official parser reads it, "\\boxed 7$" included; None without one."""
+    if "\\boxed " in text:
+        return text.split("\\boxed ")[-1].split("$")[0]
+    return last_boxed(text)
+
+
+def official_gsm8k(text: str, row: dict, example: dict) -> Grade:
+    """First \\boxed{} with a number in it, else the last number of the first <answer>."""
+    numbers = []
+    for content in re.findall(r"\\boxed{(.*?)}", text):
+        numbers = numbers or read_floats(content)[:1]
+    if not numbers and (block := re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)):
+        numbers = read_floats(block[1])[-1:]
+    right = bool(numbers) and numbers[0] == row["ground_truth"]
+    return Grade(right, float(right), str(numbers[0]) if numbers else None)
+
+
+def read_floats(text: str) -> list[float]:
+    """The text as a number, or the plain numbers in it."""
+    try:
+        return [float(text.strip())]
+    except ValueError:
+        return [float(n) for n in re.findall(r"-?\d+\.?\d*", text)]
+
+
+def official_math(text: str, row: dict, example: dict) -> Grade:
+    """Last box, else the first <answer>, compared by `equal_latex`."""
+    found = official_boxed(text)
+    if not found:
+        block = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
+        found = block[1].strip() if block else None
+    right = found is not None and equal_latex(found, row["ground_truth"])
+    return Grade(right, float(right), found)
+
+
+def official_countdown(text: str, row: dict, example: dict) -> Grade:
+    """Last box, else the first <answer>, else all of it; the left side of an equation."""
+    found = official_boxed(text)
+    if found is None:
+        block = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
+        found = block[1].strip() if block else text
+    for tex, op in (("\\div", "/"), ("\\times", "*"), ("\\cdot", "*")):
+        found = found.replace(tex, op)
+    equation = re.search(r"([0-9+\-*/() ]+)=[0-9. ]+", found)
+    found = equation[1].strip() if equation else found
+    value = official_value(found) if uses_numbers(found, example["numbers"]) else None
+    right = value is not None and abs(value - example["target"]) < 1e-5
+    return Grade(right, float(right), found)
+
+
+def official_sudoku(text: str, row: dict, example: dict) -> Grade:
+    """Share of empty cells right in what the first of five patterns finds."""
+    patterns = (r"<answer>.*?```\s*([\d\s]+)```", r"<answer>(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|</answer>)",
+                r"</answer>\s*(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|$)", r".*?(\d{16})\s*</answer>", r"\b(\d{16})\b")  # fmt: skip
+    matches = (re.search(p, text, re.DOTALL) for p in patterns)
+    found = next((m[1].strip() for m in matches if m and m[1].strip()), "")
+    score = Sudoku.cells(re.sub(r"\s", "", found), example)
+    return Grade(score == 1, score, found or None)
+
+
+OFFICIAL_GRADES = {"gsm8k": official_gsm8k, "math500": official_math, "count": official_countdown, "sudoku": official_sudoku}
+# %% 11. The two stages' loops — Algorithm 2 (masked SFT) and Algorithm 1 (diffu-GRPO)
+class Streams:
+    """Random streams keyed by purpose and index: nothing to save, and no draw disturbs another.
+
+    [D3] official reseeds the global generators at every estimate, with one of 4096 values
+    (diffu_grpo_trainer.py:242). Here every draw has a private generator and masks travel as tensors.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def torch(self, *key) -> torch.Generator:
+        """A torch.Generator that depends on the seed and the key alone."""
+        digest = hashlib.sha256(repr((self.seed, *key)).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def order(self, name: str, epoch: int, n: int) -> list[int]:
+        """The order in which epoch number `epoch` visits n items."""
+        return torch.randperm(n, generator=self.torch(name, epoch)).tolist()
+
+
+class Stage:
+    """What both stages share: optimizer, loop, guard, log and checkpoint. A subclass gives `update`."""
+
+    name = ""
+
+    def __init__(self, model, tokenizer, cfg: Settings, out: Path, lr: float, wd: float, clip: float, total: int):
+        self.model, self.tokenizer, self.cfg, self.out = model, tokenizer, cfg, Path(out)
+        self.streams, self.lr, self.clip, self.total, self.step = Streams(cfg.seed), lr, clip, total, 0
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.device = self.params[0].device
+        self.optimizer = torch.optim.AdamW(self.params, lr=lr, betas=(0.9, 0.99), weight_decay=wd, fused=True)
+        self.best = None  # (held-out score, step, weights): see DiffuGRPO
+
+    def update(self) -> dict[str, float]:
+        """Make one gradient update and return its metrics."""
+        raise TypeError("a subclass defines update")
+
+    def batch_name(self) -> str:
+        """Which rows the current update uses, for error messages."""
+        return f"batch {self.step}"
+
+    def at_boundary(self) -> bool:
+        """True if the run can be resumed from after this step."""
+        return True
+
+    def rate(self) -> float:
+        """Learning rate of the current step."""
+        return self.lr
+
+    def backward(self, loss: Tensor, share: float = 1.0) -> None:
+        """Accumulate the gradient of share * loss; NonFiniteLoss if the loss is no number."""
+        if not torch.isfinite(loss):
+            raise NonFiniteLoss(f"{self.name} step {self.step + 1}: the loss is {loss.item()} on {self.batch_name()}")
+        (loss * share).backward()
+
+    def apply_gradient(self) -> float:
+        """Clip, update, clear. Returns the gradient's norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.params, self.clip or math.inf)
+        if not torch.isfinite(norm):
+            raise NonFiniteLoss(f"{self.name} step {self.step + 1}: the gradient is {norm.item()} on {self.batch_name()}")
+        for g in self.optimizer.param_groups:
+            g["lr"] = self.rate()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.item()
+
+    def run(self, screen: Screen) -> None:
+        """Update until `total` steps are done; log each, save every `save_steps`."""
+        screen.start(self.name, self.total, self.step)
+        due = False
+        while self.step < self.total:
+            began = time.perf_counter()
+            metrics = self.update()
+            self.step += 1
+            metrics = {"stage": self.name, "step": self.step, **metrics, "seconds": round(time.perf_counter() - began, 4)}
+            append_jsonl(self.out / "metrics.jsonl", metrics)
+            screen.advance(metrics)
+            due = due or self.step % self.cfg.save_steps == 0
+            if self.step == self.total or (due and self.at_boundary()):
+                due = False
+                self.check(screen)
+                save_trainer(self)
+        screen.stop()
+
+    def check(self, screen: Screen) -> None:
+        """A look at held-out data before a checkpoint."""
+
+
+class MaskedSFT(Stage):
+    """Stage 1: masked supervised fine-tuning.   d1 Algorithm 2, Sec. 3.3
+
+    rows: (ids, prompt_len) pairs from `encode_example`; 1 % of them, at least one, is held out.
+    Rows are padded with EOS, which the model learns to write, as LLaDA's own training does.
+    """
+
+    name = "sft"
+
+    def __init__(self, model, tokenizer, rows: Sequence[tuple[list[int], int]], cfg: Settings, out: Path):
+        super().__init__(model, tokenizer, cfg, out, cfg.lr_sft, cfg.wd_sft, cfg.clip_sft, cfg.steps_sft)
+        order = self.streams.order("sft_heldout", 0, len(rows))
+        held = max(1, len(rows) // 100)
+        self.heldout = [rows[i] for i in order[:held]]
+        self.rows = [rows[i] for i in order[held:]] or self.heldout
+
+    def rate(self) -> float:
+        warm = min(1.0, (self.step + 1) / max(self.cfg.warmup_sft, 1))
+        return self.lr * warm * (1 - self.step / self.total)
+
+    def indices(self) -> list[int]:
+        """The rows of this step: epochs in fresh orders, without gaps."""
+        first, n = self.step * self.cfg.bs_sft, len(self.rows)
+        spans = range(first, first + self.cfg.bs_sft)
+        orders = {e: self.streams.order("sft_order", e, n) for e in {i // n for i in spans}}
+        return [orders[i // n][i % n] for i in spans]
+
+    def batch_name(self) -> str:
+        return f"SFT rows {self.indices()}"
+
+    def collate(self, rows, length: int) -> tuple[Tensor, Tensor]:
+        """x0 (B, L) padded with EOS, and keep (B, L) True on the prompt."""
+        x0 = torch.full((len(rows), length), self.tokenizer.eos_token_id)
+        keep = torch.zeros_like(x0, dtype=torch.bool)
+        for i, (ids, prompt_len) in enumerate(rows):
+            x0[i, : len(ids)] = torch.tensor(ids[:length])
+            keep[i, :prompt_len] = True
+        return x0.to(self.device), keep.to(self.device)
+
+    def nelbo(self, rows, key) -> tuple[Tensor, dict]:
+        """Algorithm 2: mask the replies at random levels, predict what was hidden, weigh by 1/t."""
+        generator = self.streams.torch(*key)
+        x0, keep = self.collate(rows, self.cfg.sft_length)  # (B, L)
+        t = sample_t(len(x0), generator, self.device)  # (B,)
+        xt, masked = forward_process(x0, t, keep, self.tokenizer.mask_token_id, generator)
+        return masked_nelbo(self.model(xt).logits, x0, masked, t, keep)
+
+    def update(self) -> dict[str, float]:
+        self.model.train()
+        loss, metrics = self.nelbo([self.rows[i] for i in self.indices()], ("sft_mask", self.step))
+        self.backward(loss)
+        norm = self.apply_gradient()
+        return {"loss": loss.item(), **{k: v.item() for k, v in metrics.items()}, "grad_norm": norm, "lr": self.rate()}
+
+    @torch.no_grad()
+    def check(self, screen: Screen) -> None:
+        """Held-out loss, with the same masks at every check."""
+        self.model.eval()
+        size = self.cfg.bs_sft
+        parts = [self.heldout[i : i + size] for i in range(0, len(self.heldout), size)]
+        losses = [self.nelbo(p, ("sft_check", i))[0].item() * len(p) for i, p in enumerate(parts)]
+        loss = sum(losses) / len(self.heldout)
+        append_jsonl(self.out / "metrics.jsonl", {"stage": "sft", "step": self.step, "heldout_loss": loss})
+        screen.say(f"sft {self.step}: held-out loss {loss:.3f} on {len(self.heldout)} rows")
+
+
+@dataclass
+class Rollout:
+    """One drawn micro-batch: B completions, the G of a prompt adjacent, and the mu prompt masks for it."""
+
+    prompt: Tensor  # (B, P) left-padded
+    real: Tensor  # (B, P) bool, False on padding
+    completion: Tensor  # (B, C)
+    live: Tensor  # (B, C) bool
+    rewards: Tensor  # (B,)
+    advantages: Tensor  # (B,)
+    hide: list[Tensor]  # mu of (B, P) bool, True = masked in q'
+    logp_old: list[Tensor]  # mu of (B, C)
+    logp_ref: list[Tensor]  # mu of (B, C); empty if beta is 0
+    parts: dict[str, float]  # mean of each reward part
+
+
+RewardFn = Callable[[list[str], list[dict]], list[dict[str, float]]]
+
+
+class DiffuGRPO(Stage):
+    """Stage 2: policy gradient with one-step log-probabilities.   d1 Algorithm 1, Sec. 3.2
+
+    examples: problems; ask(example) -> chat; reward(texts, examples) -> one {name: value} a text,
+    summed. `heldout(model) -> score` chooses the best checkpoint, None = keep the last.
+    """
+
+    name = "diffu_grpo"
+
+    def __init__(self, model, tokenizer, examples: Sequence[dict], ask, reward: RewardFn, cfg: Settings, out: Path, heldout=None):
+        super().__init__(model, tokenizer, cfg, out, cfg.lr_rl, cfg.wd_rl, cfg.clip_rl, cfg.steps_rl)
+        self.examples, self.ask, self.reward, self.heldout = examples, ask, reward, heldout
+        # [D6] official leaves LoRA dropout on in every pass, so the ratio is not 1 at the first inner
+        #      update. here: evaluation mode throughout stage 2, where it is exactly 1.
+        self.model.eval()
+        # [D8] official's reference sync every 64 steps does nothing under LoRA. here: pi_ref is the
+        #      frozen start of stage 2, and stays so.
+        self.reference = freeze_reference(model)
+        self.batch: list[Rollout] = []
+        self.sample = ""
+
+    def at_boundary(self) -> bool:
+        return self.step % self.cfg.mu == 0
+
+    def batch_name(self) -> str:
+        i = self.step // self.cfg.mu
+        return f"rollout batch {i}, inner update {self.step % self.cfg.mu}, problems {self.problems(i, 0)}"
+
+    def problems(self, batch: int, micro: int) -> list[int]:
+        """Indices of the prompts of a micro-batch, bs_rl / G of them."""
+        count, n = self.cfg.bs_rl // self.cfg.group, len(self.examples)
+        first = (batch * self.cfg.grad_accum + micro) * count
+        return [self.streams.order("rl_order", i // n, n)[i % n] for i in range(first, first + count)]
+
+    @torch.no_grad()
+    def draw(self, batch: int, micro: int) -> Rollout:
+        """Algorithm 1, lines 3 to 6: sample G completions a prompt, score them, compute advantages."""
+        cfg, tok = self.cfg, self.tokenizer
+        examples = [self.examples[i] for i in self.problems(batch, micro) for _ in range(cfg.group)]
+        prompts = [encode_prompt(tok, self.ask(e))[-cfg.max_prompt :] for e in examples]
+        prompt, real = pad_left(prompts, tok.pad_token_id, self.device)  # (B, P)
+        first_row = (batch * cfg.grad_accum + micro) * cfg.bs_rl
+        ids = diffuse_decode(
+            self.model, prompt, mask_id=tok.mask_token_id, attention_mask=real, gen_length=cfg.gen_length,
+            block_length=cfg.block_length, steps=cfg.diffusion_steps or None, temperature=cfg.temperature,
+            eos_id=tok.eos_token_id, stop_at_eos=True,
+            generator=[self.streams.torch("rollout", first_row + i) for i in range(len(examples))],
+        )  # fmt: skip
+        completion = ids[:, prompt.shape[1] :]  # (B, C)
+        texts = reply_texts(tok, completion)
+        scores = self.reward(texts, examples)
+        rewards = torch.tensor([sum(s.values()) for s in scores], device=self.device)  # (B,)
+        self.sample = f"{self.ask(examples[0])[-1]['content'].splitlines()[-1]} -> {texts[0]!r} (reward {rewards[0]:.2f})"
+        # [D2] official, with accumulation 2, meets 6 of its 12 masks twice (diffu_grpo_trainer.py:96,
+        #      373). here: mu masks, each from a stream of its own.
+        hide = [draw_prompt_mask(real, cfg.pmask, self.streams.torch("hide", batch, micro, k)) for k in range(cfg.mu)]
+        # [D9] official runs all mu masks of old and ref in one forward, 7.7 GiB of logits at 8B.
+        #      here: one mask at a time, the same numbers.
+        logp = functools.partial(one_step_logp, prompt=prompt, completion=completion, mask_id=tok.mask_token_id, attention_mask=real)
+        logp_old = [logp(self.model, hide=h) for h in hide]
+        logp_ref = []
+        if cfg.beta:
+            with self.reference() as reference:
+                logp_ref = [logp(reference, hide=h) for h in hide]
+        return Rollout(prompt, real, completion, live_tokens(completion, tok.eos_token_id), rewards,
+                       group_advantages(rewards, cfg.group), hide, logp_old, logp_ref,
+                       {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]})  # fmt: skip
+
+    def update(self) -> dict[str, float]:
+        """Algorithm 1, lines 7 to 11: inner update k on its own prompt mask."""
+        batch, k = divmod(self.step, self.cfg.mu)
+        if k == 0 or not self.batch:
+            self.batch = [self.draw(batch, micro) for micro in range(self.cfg.grad_accum)]
+        total: dict[str, float] = {}
+        for r in self.batch:
+            logp = one_step_logp(self.model, r.prompt, r.completion, r.hide[k], self.tokenizer.mask_token_id, r.real)
+            loss, metrics = diffu_grpo_loss(
+                logp, r.logp_old[k], r.logp_ref[k] if r.logp_ref else None, r.advantages, r.live,
+                eps=self.cfg.eps, beta=self.cfg.beta, norm=self.cfg.norm)  # fmt: skip
+            self.backward(loss, 1 / len(self.batch))
+            spread = r.rewards.view(-1, self.cfg.group).std(1)  # (B/G,)
+            row = {"loss": loss, "reward": r.rewards.mean(), "reward_std": spread.mean(), "length": r.live.sum(1).float().mean(), **metrics}
+            row = {k: float(v) for k, v in row.items()} | {f"reward/{k}": v for k, v in r.parts.items()}
+            total = {k: total.get(k, 0.0) + v / len(self.batch) for k, v in row.items()}
+        return {**total, "grad_norm": self.apply_gradient(), "inner": k}
+
+    def check(self, screen: Screen) -> None:
+        """Score held-out problems; remember the best weights so far."""
+        screen.sample(self.sample)
+        if self.heldout is None:
+            return
+        # [D18] official picks its best checkpoint on the test set. here: on held-out training data.
+        score = self.heldout(self.model)
+        append_jsonl(self.out / "metrics.jsonl", {"stage": self.name, "step": self.step, "heldout_accuracy": score})
+        screen.say(f"diffu_grpo {self.step}: held-out accuracy {100 * score:.1f} %")
+        if self.best is None or score >= self.best[0]:
+            self.best = (score, self.step, [p.detach().cpu().clone() for p in self.params])
+
+    @torch.no_grad()
+    def restore_best(self, screen: Screen) -> None:
+        """Load the weights that scored best on held-out problems."""
+        if self.best and self.best[1] != self.step:
+            screen.say(f"weights of step {self.best[1]} kept: best held-out accuracy, {100 * self.best[0]:.1f} %")
+            for p, best in zip(self.params, self.best[2], strict=True):
+                p.copy_(best)
+
+
+def freeze_reference(model) -> Callable[[], contextlib.AbstractContextManager]:
+    """A frozen copy of the policy: a second adapter under LoRA, else a copy of the model.
+
+    Returns a function that gives a context manager; inside it, its value is the reference.
+    """
+    if not hasattr(model, "peft_config"):
+        frozen = copy.deepcopy(model).eval().requires_grad_(False)
+        return lambda: contextlib.nullcontext(frozen)
+    model.add_adapter("reference", model.peft_config["default"])
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, p in weights.items():
+            if ".default." in name:
+                weights[name.replace(".default.", ".reference.")].copy_(p)
+
+    @contextlib.contextmanager
+    def reference():
+        model.set_adapter("reference")
+        try:
+            yield model
+        finally:
+            model.set_adapter("default")
+
+    model.set_adapter("default")
+    return reference
+
+
+# %% 12. Evaluation and Table 1 — Sec. 4
+PAPER_TABLE1 = {  # LLaDA-8B-Instruct at 128 / 256 / 512, d1 Table 1; a star marks second-hand cells
+    "gsm8k": {"base": "68.7 76.7 78.2", "sft": "66.5* 78.8* 81.1*", "diffu_grpo": "72.6 79.8 81.9", "d1": "73.2 81.1 82.1"},
+    "math500": {"base": "26.0 32.4 36.2", "sft": "26.2* 32.6* 34.8*", "diffu_grpo": "33.2 37.2 39.2", "d1": "33.8 38.6 40.2"},
+    "count": {"base": "20.7 19.5 16.0", "sft": "20.3* 14.5* 23.8*", "diffu_grpo": "33.2 31.3 37.1", "d1": "34.8 32.0 42.2"},
+    "sudoku": {"base": "11.7 6.7 5.5", "sft": "16.5* 8.5* 4.6*", "diffu_grpo": "18.4 12.9 11.0*", "d1": "22.1 16.7 9.5"},
+}  # fmt: skip
+ROW_TITLES = {"base": "base", "sft": "+SFT", "diffu_grpo": "+diffu-GRPO", "d1": "d1"}
+
+
+def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % Wilson interval of a share, in [0, 1]."""
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = hits / n, z * z / n
+    middle, half = p + z2 / 2, z * math.sqrt(p * (1 - p) / n + z2 / (4 * n))
+    return max((middle - half) / (1 + z2), 0.0), min((middle + half) / (1 + z2), 1.0)
+
+
+@torch.no_grad()
+def generate(model, tokenizer, task: Task, examples: Sequence[dict], cfg: Settings, gen_length: int, tick=None) -> Iterator[tuple[int, dict]]:
+    """Greedy replies, length / 2 steps: yields (index, record in the official generations schema)."""
+    model.eval()
+    device = next(model.parameters()).device
+    prompts = [encode_prompt(tokenizer, task.messages(e))[-cfg.max_prompt :] for e in examples]
+    order = sorted(range(len(examples)), key=lambda i: len(prompts[i]))  # equal lengths pad least
+    for first in range(0, len(order), cfg.bs_eval):
+        chosen = order[first : first + cfg.bs_eval]
+        ids, real = pad_left([prompts[i] for i in chosen], tokenizer.pad_token_id, device)
+        out = diffuse_decode(
+            model, ids, mask_id=tokenizer.mask_token_id, attention_mask=real, gen_length=gen_length,
+            block_length=cfg.block_length, eos_id=tokenizer.eos_token_id, stop_at_eos=True,
+        )  # fmt: skip
+        completion = out[:, ids.shape[1] :]  # (B, C)
+        ended = (completion == tokenizer.eos_token_id).any(1).tolist()
+        tokens = (live_tokens(completion, tokenizer.eos_token_id).sum(1) - torch.tensor(ended, device=device).long()).tolist()
+        for i, text, n, end in zip(chosen, reply_texts(tokenizer, completion), tokens, ended, strict=True):
+            prompt_text = tokenizer.decode(prompts[i])
+            yield i, {"question": task.question(examples[i]), "prompt_input": prompt_text, "generations": text,
+                      "ground_truth": task.ground_truth(examples[i]), "effective_tokens": n, "ended": end}  # fmt: skip
+        if tick:
+            tick(len(chosen))
+
+
+def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, gen_length: int, row: str, screen: Screen) -> tuple[dict, dict]:
+    """Accuracy of greedy decoding on `examples`: (entry of eval.json, content of the generations file)."""
+    began = time.perf_counter()
+    screen.start(f"eval {row} {gen_length}", len(examples), 0)
+    done = dict(generate(model, tokenizer, task, examples, cfg, gen_length, lambda n: screen.advance({}, n)))
+    records = [done[i] for i in range(len(examples))]
+    screen.stop()
+    grades = [grade_generation(task.name, r) for r in records]
+    official = [grade_generation(task.name, r, "official") for r in records]
+    n, hits = len(records), sum(g.correct for g in grades)
+    low, high = wilson(hits, n)
+    entry = {"task": task.name, "row": row, "gen_length": gen_length, "data": cfg.data, "n": n, "accuracy": hits / n, "low": low, "high": high,
+             "official": sum(g.score for g in official) / n, "effective_tokens": sum(r["effective_tokens"] for r in records) / n,
+             "ended": sum(r["ended"] for r in records) / n, "answered": sum(g.answer is not None for g in grades) / n}  # fmt: skip
+    if task.name == "sudoku":
+        entry["cells"] = sum(g.score for g in grades) / n
+    seconds = time.perf_counter() - began
+    file = {"generations": records, "metrics": {"wall_time": seconds, "total_processed": n}, "model_path": cfg.model,
+            "gen_length": gen_length, "diffusion_steps": gen_length // 2, "block_length": cfg.block_length}  # fmt: skip
+    return entry, file
+
+
+def evaluate_all(model, tokenizer, task: Task, examples, cfg: Settings, row: str, out: Path, screen: Screen) -> list[dict]:
+    """Evaluate at every length; write generations/*.json and merge into eval.json."""
+    entries = []
+    for length in eval_lengths(cfg):
+        entry, file = evaluate(model, tokenizer, task, examples, cfg, length, row, screen)
+        label = row + (f"_{Path(cfg.data).stem}" if cfg.data else "")
+        name = f"{task.official_name}_{label}_{length}_{length // 2}_0_generations.json"
+        write_json(out / "generations" / name, file)
+        entries.append(entry)
+    path = out / "eval.json"
+    earlier = json.loads(path.read_text()) if path.exists() else []
+    merged = {(e["task"], e["row"], e["gen_length"], e["data"]): e for e in [*earlier, *entries]}
+    write_json(path, list(merged.values()))
+    return entries
+# %% 13. Checkpoint and resume
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write aside, fsync, rename: after a kill the old file or the new one is there, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    write(part)
+    with part.open("rb") as f:
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def append_jsonl(path: Path, row: dict) -> None:
+    """Add one line to a log."""
+    with path.open("a", encoding="utf-8") as f:
+        f.write(json.dumps(row) + "\n")
+
+
+def save_trainer(stage: Stage) -> None:
+    """trainer/<stage>.pt: all that a resumed run needs, in one file: weights, optimizer, step, best."""
+    state = {"step": stage.step, "weights": [p.detach() for p in stage.params], "optimizer": stage.optimizer.state_dict(), "best": stage.best}
+    write_whole(stage.out / "trainer" / f"{stage.name}.pt", lambda part: torch.save(state, part))
+
+
+def load_trainer(stage: Stage) -> bool:
+    """Continue a stage from its last checkpoint; False if there is none. Draws depend on seed and step alone."""
+    path = stage.out / "trainer" / f"{stage.name}.pt"
+    if not path.exists():
+        return False
+    state = torch.load(path, map_location=stage.device, weights_only=True)
+    with torch.no_grad():
+        for p, saved in zip(stage.params, state["weights"], strict=True):
+            p.copy_(saved)
+    stage.optimizer.load_state_dict(state["optimizer"])
+    stage.step, stage.best = state["step"], state["best"]
+    drop_later_metrics(stage.out / "metrics.jsonl", stage.name, stage.step)
+    return True
+
+
+def drop_later_metrics(path: Path, name: str, step: int) -> None:
+    """Remove what a stopped run logged after its last checkpoint, since those steps are made again."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    kept = [r for r in rows if r["stage"] != name or r["step"] <= step]
+    write_whole(path, lambda part: part.write_text("".join(json.dumps(r) + "\n" for r in kept)))
+
+
+def export_model(model, tokenizer, out: Path, state: dict) -> None:
+    """Save weights (adapter or full) and tokenizer in hub format, then d1_state.json, which says it is whole."""
+    with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
+        options = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}
+        model.save_pretrained(folder, **options)
+        tokenizer.save_pretrained(folder)
+        for file in sorted(Path(folder).iterdir()):
+            write_whole(out / file.name, lambda part, file=file: shutil.move(file, part))
+    write_json(out / "d1_state.json", state)
+
+
+def run_state(cfg: Settings, stages: list[str], origin: str) -> dict:
+    """What d1_state.json tells of a checkpoint: stages passed, settings, versions, commit, argv."""
+    import transformers
+
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return {"stages": stages, "preset": cfg.preset, "origin": origin, "settings": dataclasses.asdict(cfg), "argv": sys.argv[1:],
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
+            "commit": git.stdout.strip() or None}  # fmt: skip
+
+
+# %% 14. Screen and logs
+class Screen:
+    """All that is printed: rich bars and tables on a terminal, plain lines elsewhere."""
+
+    def __init__(self):
+        from rich.console import Console
+
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.live = self.console.is_terminal
+        self.bar = None
+
+    def say(self, text: str) -> None:
+        """One line."""
+        (self.bar.console if self.bar else self.console).print(text, markup=False)
+
+    def sample(self, text: str) -> None:
+        """A completion, to see how the model writes."""
+        self.say("  sample: " + text)
+
+    def start(self, name: str, total: int, done: int) -> None:
+        """Begin a progress bar."""
+        self.name, self.total, self.done, self.began, self.said = name, total, done, time.monotonic(), time.monotonic()
+        self.first = done
+        if self.live:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            self.bar = Progress(*columns, console=self.console, transient=name.startswith("eval"))
+            self.handle = self.bar.add_task(name, total=total, completed=done, note="")
+            self.bar.start()
+
+    def advance(self, metrics: dict, n: int = 1) -> None:
+        """Count n more, and show the loss, or the reward and KL."""
+        self.done += n
+        names = ("reward", "kl", "length") if "reward" in metrics else ("loss", "accuracy")
+        note = "  ".join(f"{k} {metrics[k]:.3f}" for k in names if k in metrics)
+        if self.bar:
+            self.bar.update(self.handle, advance=n, note=note)
+        elif time.monotonic() - self.said > 15:
+            self.said = time.monotonic()
+            left = (self.said - self.began) / (self.done - self.first) * (self.total - self.done)
+            self.say(f"{self.name} {self.done}/{self.total}  {note}  {left:.0f} s left")
+
+    def stop(self) -> None:
+        """End the bar."""
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+    def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A table; columns after the first are right-aligned."""
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left")
+        for i, h in enumerate(header):
+            table.add_column(h, justify="left" if i == 0 else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*map(str, row))
+        self.console.print(table)
+
+
+def results_table(screen: Screen, entries: list[dict], cfg: Settings) -> None:
+    """Rows x tasks x lengths, each with its 95 % interval, and the paper's figure where the model is LLaDA."""
+    lengths = sorted({e["gen_length"] for e in entries})
+    standin = {"gsm8k", "math500"} if cfg.preset == "tiny" and not cfg.data else set()
+    rows = []
+    cells = {(e["task"], e["row"], e["gen_length"]): e for e in entries}
+    for task, row in dict.fromkeys((e["task"], e["row"]) for e in entries):
+        line = [task + (" (stand-in)" if task in standin else ""), ROW_TITLES[row]]
+        for i, length in enumerate(lengths):
+            e = cells.get((task, row, length))
+            text = "-" if e is None else f"{100 * e['accuracy']:.1f} [{100 * e['low']:.0f}, {100 * e['high']:.0f}]"
+            if e and "cells" in e:
+                text += f" cells {100 * e['cells']:.1f}"
+            if "llada" in cfg.model.lower():
+                text += f" (paper {PAPER_TABLE1[task][row].split()[i]})"
+            line.append(text)
+        rows.append([*line, next(e["n"] for e in entries if (e["task"], e["row"]) == (task, row))])
+    title = "Accuracy, %: strict grading, greedy, 95 % Wilson interval" + ("; stand-in = generated problems" if standin else "")
+    screen.table(title, ["task", "row", *(f"length {n}" for n in lengths), "n"], rows)
+
+
+def plot_curves(out: Path) -> None:
+    """curves.png from metrics.jsonl: SFT loss, RL reward, KL, and held-out accuracy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    panels = [("sft", "loss", "SFT loss, nats a token"), ("diffu_grpo", "reward", "mean reward"),
+              ("diffu_grpo", "kl", "KL to the start of stage 2"), ("diffu_grpo", "heldout_accuracy", "held-out accuracy")]  # fmt: skip
+    panels = [(p, xy) for p in panels if (xy := [(r["step"], r[p[1]]) for r in rows if r["stage"] == p[0] and p[1] in r])]
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False)
+    for axis, ((stage, _, title), xy) in zip(axes[0], panels, strict=True):
+        x, y = zip(*xy, strict=True)
+        width = max(len(y) // 50, 1)
+        smooth = [sum(y[max(0, i - width) : i + 1]) / len(y[max(0, i - width) : i + 1]) for i in range(len(y))]
+        axis.plot(x, y, alpha=0.25)
+        axis.plot(x, smooth, color="C0")
+        axis.set(title=title, xlabel=f"{stage} update")
+        if title.startswith("SFT"):
+            axis.set_yscale("log")
+    figure.tight_layout()
+    write_whole(out / "curves.png", lambda part: figure.savefig(part, format="png", dpi=120))
+    plt.close(figure)
+# %% 15. Chat and pipeline
+
+
+# %% 16. Main — settings, launch, dry run
+class Parser(argparse.ArgumentParser):
+    """argparse that answers a mistake with one line."""
+
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def default_of(f: dataclasses.Field, preset: str, task: str) -> Any:
+    """A setting's default in a preset, for a task."""
+    value = f.metadata["columns"][preset]
+    return value.get(task, value.get("*")) if isinstance(value, dict) else value
+
+
+def show_default(f: dataclasses.Field) -> str:
+    columns = f.metadata["columns"]
+    short = [f"{p} {json.dumps(v) if isinstance(v, dict) else v!r}" for p, v in columns.items()]
+    return short[0].split(" ", 1)[1] if len({json.dumps(v) for v in columns.values()}) == 1 else " | ".join(short)
+
+
+def build_parser() -> Parser:
+    """One flag per field of Settings; help = text, defaults, source."""
+    parser = Parser(
+        prog="d1_full.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.split("\n\n")[0],
+        epilog="Start here:  python d1_full.py --task sudoku        (the embedded model, offline, minutes)\n"
+               "             python d1_full.py --task sudoku --dry_run   (settings and cost, nothing run)")  # fmt: skip
+    kinds = {"int": int, "float": float, "str": str}
+    for f in dataclasses.fields(Settings):
+        m = f.metadata
+        text = f"{m['help']}. Default: {show_default(f)}. [{m['source']}]".replace("%", "%%")
+        if f.type == "bool":
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            parser.add_argument(f"--{f.name}", type=kinds[f.type], default=None, choices=m["choices"] or None, metavar=None if m["choices"] else f.type.upper(), help=text)
+    return parser
+
+
+def read_config_file(path: str) -> dict:
+    """Flags from a YAML file: known names only, each of its type."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"--config {path}: {' '.join(str(e).split())}") from e
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: write one 'flag: value' a line")
+    fields = {f.name: f for f in dataclasses.fields(Settings)}
+    for name, value in content.items():
+        if name not in fields:
+            raise UserError(f"--config {path}: unknown setting {name!r}{suggest(str(name), fields)}")
+        kind = {"int": int, "float": (int, float), "str": str, "bool": bool}[fields[name].type]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise UserError(f"--config {path}: {name} must be of type {fields[name].type}, not {value!r}")
+        if fields[name].metadata["choices"] and value not in fields[name].metadata["choices"]:
+            raise UserError(f"--config {path}: {name} must be one of {', '.join(fields[name].metadata['choices'])}, not {value!r}")
+    return content
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def read_flags(argv: Sequence[str] | None) -> dict[str, tuple[Any, str]]:
+    """What the user gave: {name: (value, "command line" or "config")}; the command line wins."""
+    parser = build_parser()
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        names = [f"--{f.name}" for f in dataclasses.fields(Settings)]
+        raise UserError(f"unknown argument {unknown[0]}{suggest(unknown[0].split('=')[0], names)} (--help lists all)")
+    given = {k: (v, "command line") for k, v in vars(known).items() if v is not None}
+    if "config" in given:
+        given = {k: (v, "config") for k, v in read_config_file(given["config"][0]).items()} | given
+    return given
+
+
+def settle(given: dict[str, tuple[Any, str]]) -> tuple[Settings, dict[str, str]]:
+    """Fill every setting: given, else the preset's default. Returns (settings, {name: where it came from})."""
+    task = given.get("task", ("", ""))[0]
+    if not task:
+        raise UserError(f"--task is needed: one of {', '.join(TASK_CHOICES)}")
+    model = given.get("model", ("tiny", ""))[0]
+    preset = given.get("preset", ("auto", ""))[0]
+    if preset == "auto":
+        small = model == "tiny" or read_json(Path(model, "d1_state.json")).get("preset") == "tiny"
+        preset = "tiny" if small else "paper"
+    cfg, origin = Settings(), {}
+    for f in dataclasses.fields(Settings):
+        value, where = given.get(f.name, (default_of(f, preset, task), f"preset {preset}"))
+        setattr(cfg, f.name, float(value) if f.type == "float" else value)
+        origin[f.name] = where
+    cfg.preset = preset
+    validate(cfg)
+    return cfg, origin
+
+
+def eval_lengths(cfg: Settings) -> list[int]:
+    return [int(n) for n in str(cfg.eval_lengths).split(",")]
+
+
+def validate(cfg: Settings) -> None:
+    """UserError on values that cannot run, before anything is loaded."""
+    for f in dataclasses.fields(Settings):
+        value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
+        if f.type in ("int", "float") and not math.isfinite(value):
+            raise UserError(f"--{f.name} must be a finite number, not {value}")
+        if (low is not None and value < low) or (high is not None and value > high):
+            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise UserError(f"--{f.name} must be {bounds}, not {value}")
+    if not re.fullmatch(r"\d+(,\d+)*", str(cfg.eval_lengths)):
+        raise UserError(f"--eval_lengths must be numbers with commas, such as 128,256,512, not {cfg.eval_lengths}")
+    for flag, length in [("gen_length", cfg.gen_length)] + [("eval_lengths", n) for n in eval_lengths(cfg)]:
+        if length < 1 or length % cfg.block_length:
+            raise UserError(f"--{flag} {length} must be a positive multiple of --block_length {cfg.block_length}")
+    blocks = cfg.gen_length // cfg.block_length
+    if cfg.diffusion_steps and not blocks <= cfg.diffusion_steps <= cfg.gen_length:
+        raise UserError(f"--diffusion_steps must be between {blocks} (one a block) and --gen_length {cfg.gen_length}, not {cfg.diffusion_steps}")
+    if cfg.bs_rl % cfg.group:
+        raise UserError(f"--bs_rl {cfg.bs_rl} must be a multiple of --group {cfg.group}")
+    if cfg.eval_only and cfg.task not in RL_TASKS:
+        raise UserError(f"--eval_only needs a benchmark: --task {', '.join(RL_TASKS)}")
+    if cfg.task == "sft_only" and cfg.skip_sft:
+        raise UserError("--task sft_only and --skip_sft leave nothing to do")
+    if cfg.load_4bit and not cfg.use_lora and not cfg.eval_only:
+        raise UserError("--load_4bit weights cannot be trained: add --use_lora")
+    if cfg.model != "tiny":
+        resolve_checkpoint(cfg.model)
+
+
+def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task]) -> list[tuple[list[int], int]]:
+    """The SFT corpus as (ids, prompt_len): a file's traces, or generated demonstrations, half of them careless."""
+    if cfg.sft_data:
+        pairs = [read_trace(row, cfg.sft_data) for row in read_rows(cfg.sft_data, "train")]
+        return [encode_example(tokenizer, [{"role": "user", "content": f"{SYSTEM}\n\n{q}"}], reply) for q, reply in pairs]
+    rng, rows = random.Random(f"sft/{cfg.seed}"), []
+    for task in tasks:
+        for example in task.examples("train", cfg.n_traces, seed=cfg.seed):
+            reply = task.demonstrate(example, rng, careful=rng.random() < 0.5)
+            rows.append(encode_example(tokenizer, task.messages(example), reply))
+    return rows
+
+
+def read_trace(row: dict, source: str) -> tuple[str, str]:
+    """(question, reply) of an SFT row: s1K's columns, or question and reply."""
+    if {"question", "thinking_trajectories", "attempt"} <= row.keys():
+        return row["question"], f"<reasoning>\n{row['thinking_trajectories'][0]}\n</reasoning>\n<answer>\n{row['attempt']}\n</answer>"
+    if {"question", "reply"} <= row.keys():
+        return row["question"], row["reply"]
+    raise UserError(f"{source}: needs columns question, thinking_trajectories, attempt (s1K) or question, reply; has {', '.join(row)}")
+
+
+def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
+    """The problems of a split. A file given for training is split by a hash of each problem; with --eval_only it is all test."""
+    source = cfg.data or ("" if cfg.preset == "tiny" else task.hub)
+    if not source:
+        draws = -(-cfg.steps_rl // cfg.mu) * cfg.grad_accum * (cfg.bs_rl // cfg.group)
+        sizes = {"train": max(min(draws, 20000), 1), "heldout": 128, "test": cfg.limit or 256}
+        return task.examples(split, sizes[split], seed=cfg.seed if split == "train" else 0)
+    rows = task.examples(split, data=source)
+    if cfg.data and not cfg.eval_only:
+        rows = [r for r in rows if split_of(json.dumps(r, sort_keys=True)) == split]
+    if not rows:
+        raise UserError(f"{source} has no problems for the {split} split")
+    return rows[: cfg.limit] if split == "test" and cfg.limit else rows
+
+
+def prepare_folder(cfg: Settings, out: Path, screen: Screen) -> None:
+    """Make the run's folder; an earlier run in it is moved aside, unless it is resumed or only evaluated."""
+    if (out / "metrics.jsonl").exists() and not (cfg.resume or cfg.eval_only):
+        if cfg.model != "tiny" and out.resolve() in [Path(cfg.model).resolve(), *Path(cfg.model).resolve().parents]:
+            raise UserError(f"--model {cfg.model} lies in {out}, where this run would write: give another --output_dir")
+        aside = next(p for i in itertools.count(1) if not (p := out.with_name(f"{out.name}.old{i}")).exists())
+        out.rename(aside)
+        screen.say(f"an earlier run was in {out}; it is now in {aside}")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def run_stage(stage: Stage, stages: list[str], cfg: Settings, screen: Screen) -> None:
+    """Resume if asked, train, export."""
+    if cfg.resume and load_trainer(stage):
+        screen.say(f"{stage.name}: resumed after step {stage.step}")
+    stage.run(screen)
+    if isinstance(stage, DiffuGRPO):
+        stage.restore_best(screen)
+    export_model(stage.model, stage.tokenizer, stage.out, run_state(cfg, stages, cfg.model))
+    plot_curves(stage.out)
+
+
+def row_name(stages: Sequence[str]) -> str:
+    """The row of Table 1 a model belongs to, from the stages it went through."""
+    return "d1" if {"sft", "diffu_grpo"} <= set(stages) else stages[-1] if stages else "base"
+
+
+def run_benchmark(cfg: Settings, screen: Screen, out: Path) -> list[dict]:
+    """Stage 1 if needed, evaluation, stage 2, evaluation. Returns the entries of eval.json it made."""
+    task = TASKS[cfg.task]
+    prepare_folder(cfg, out, screen)
+    model, tokenizer = open_model(cfg, screen)
+    stages = list(read_json(Path(cfg.model, "d1_state.json")).get("stages", []))
+    test = problems_of(cfg, task, "test")
+    if cfg.data and cfg.preset == "tiny" and (seen := task.seen(test)) is not None:
+        screen.say(f"{cfg.data}: {len(test)} problems; {seen} of them share {task.shared} with the embedded training split")
+    look = functools.partial(evaluate_all, model, tokenizer, task, test, cfg, out=out, screen=screen)
+    if cfg.eval_only:
+        return look(row=row_name(stages))
+    if "sft" not in stages and not cfg.skip_sft:
+        run_stage(MaskedSFT(model, tokenizer, sft_rows(cfg, tokenizer, [task]), cfg, out), ["sft"], cfg, screen)
+        stages = ["sft"]
+    entries = [] if cfg.skip_eval else look(row=row_name(stages))
+    stages = [s for s in stages if s != "diffu_grpo"] + ["diffu_grpo"]
+    check = functools.partial(heldout_accuracy, tokenizer=tokenizer, task=task, examples=problems_of(cfg, task, "heldout")[:128], cfg=cfg)
+    reward = lambda texts, examples: [task.rewards(t, e, cfg.preset == "official") for t, e in zip(texts, examples, strict=True)]  # noqa: E731
+    stage = DiffuGRPO(model, tokenizer, problems_of(cfg, task, "train"), task.messages, reward, cfg, out, check)
+    run_stage(stage, stages, cfg, screen)
+    return entries + ([] if cfg.skip_eval else look(row=row_name(stages)))
+
+
+def heldout_accuracy(model, tokenizer, task: Task, examples: list[dict], cfg: Settings) -> float:
+    """Share of held-out problems solved greedily at gen_length."""
+    records = generate(model, tokenizer, task, examples, cfg, cfg.gen_length)
+    return sum(grade_generation(task.name, r).correct for _, r in records) / len(examples)
+
+
+def open_model(cfg: Settings, screen: Screen):
+    """Load model and tokenizer as the settings say, and print what came."""
+    lora = (cfg.lora_r, cfg.lora_alpha) if cfg.use_lora else None
+    model, tokenizer = load_model(cfg.model, lora=lora, load_4bit=cfg.load_4bit, attn=cfg.attn, seed=cfg.seed)
+    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (False, True))
+    screen.say(f"model {cfg.model}: {total:,} parameters, {trained:,} trained; mask {tokenizer.mask_token_id}, EOS {tokenizer.eos_token_id}; "
+               f"{next(model.parameters()).device}, {torch.get_num_threads()} threads; preset {cfg.preset}, seed {cfg.seed}")  # fmt: skip
+    return model, tokenizer
+
+
+def run_sft_only(cfg: Settings, screen: Screen, out: Path) -> list[dict]:
+    """Stage 1 on all tasks' traces, one checkpoint."""
+    prepare_folder(cfg, out, screen)
+    model, tokenizer = open_model(cfg, screen)
+    run_stage(MaskedSFT(model, tokenizer, sft_rows(cfg, tokenizer, list(TASKS.values())), cfg, out), ["sft"], cfg, screen)
+    return [] if cfg.skip_eval else evaluate_tasks(cfg, model, tokenizer, "sft", screen, out)
+
+
+def evaluate_tasks(cfg: Settings, model, tokenizer, row: str, screen: Screen, out: Path) -> list[dict]:
+    """All four benchmarks at all lengths."""
+    return [e for t in TASKS.values() for e in evaluate_all(model, tokenizer, t, problems_of(cfg, t, "test"), cfg, row, out, screen)]
+
+
+def run_table1(cfg: Settings, given: dict, screen: Screen, out: Path) -> list[dict]:
+    """The paper's Table 1 on the model given: base, +SFT, +diffu-GRPO, d1. Finished parts are not redone."""
+    out.mkdir(parents=True, exist_ok=True)
+
+    def part(name: str, make: Callable[[Path], list[dict]]) -> list[dict]:
+        path = out / f"{name}.json"
+        if not path.exists():
+            write_json(path, make(out / name))
+        return json.loads(path.read_text())
+
+    def sub(task: str, **changes) -> Settings:
+        return settle({**given, "task": (task, "table1")} | {k: (v, "table1") for k, v in changes.items()})[0]
+
+    def base(folder: Path) -> list[dict]:
+        folder.mkdir(parents=True, exist_ok=True)
+        return evaluate_tasks(cfg, *open_model(cfg, screen), "base", screen, folder)
+
+    entries = part("base", base) + part("sft", lambda folder: run_sft_only(sub("sft_only", skip_eval=False), screen, folder))
+    for task in TASKS:
+        for row, model in (("diffu_grpo", cfg.model), ("d1", str(out / "sft"))):
+            flags = dict(model=model, skip_sft=True, preset=cfg.preset)
+            done = part(f"{task}_{row}", lambda folder, task=task, flags=flags: run_benchmark(sub(task, **flags), screen, folder))
+            entries += [e for e in done if e["row"] == row]
+    write_json(out / "eval.json", entries)
+    return sorted(entries, key=lambda e: (list(TASKS).index(e["task"]), list(ROW_TITLES).index(e["row"])))
+
+
+def count_parameters(cfg: Settings) -> tuple[int, int, Any]:
+    """(all, trained, config) of the model, built without memory for its weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+    if cfg.model == "tiny":
+        model = tiny_model(build_tokenizer())
+    else:
+        name = resolve_checkpoint(cfg.model)
+        name = read_json(Path(name, "adapter_config.json")).get("base_model_name_or_path", name)
+        raw = read_config(name)
+        with torch.device("meta"):
+            is_llada = raw.get("model_type") == "llada"
+            model = LlamaForCausalLM(llada_config(raw)) if is_llada else AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+    total = sum(p.numel() for p in model.parameters())
+    linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
+    trained = sum(cfg.lora_r * (m.in_features + m.out_features) for m in linear) if cfg.use_lora else total
+    return total, trained, model.config
+
+
+def plan(cfg: Settings) -> list[tuple[str, str]]:
+    """What the run will need: (quantity, value) lines for --dry_run."""
+    total, trained, config = count_parameters(cfg)
+    width = {"tiny": 24}.get(cfg.preset, cfg.max_prompt)  # tokens of a prompt, at most
+    sft = cfg.task in ("sft_only", "table1") or (cfg.task in RL_TASKS and not cfg.skip_sft and not cfg.eval_only)
+    rl = cfg.task in RL_TASKS and not cfg.eval_only
+    steps = cfg.diffusion_steps or cfg.gen_length // 2
+    batches, row = -(-cfg.steps_rl // cfg.mu), width + cfg.gen_length
+    completions = cfg.bs_rl * cfg.grad_accum
+    forwards = {
+        "SFT: forward + backward passes": (cfg.steps_sft * sft, cfg.bs_sft * cfg.sft_length, 6),
+        "RL rollouts: forward passes": (batches * steps * cfg.grad_accum * rl, cfg.bs_rl * row, 2),
+        "RL old and reference: forward passes": (batches * cfg.mu * (1 + (cfg.beta > 0)) * cfg.grad_accum * rl, cfg.bs_rl * row, 2),
+        "RL updates: forward + backward passes": (cfg.steps_rl * cfg.grad_accum * rl, cfg.bs_rl * row, 6),
+    }
+    lines = [("parameters, of which trained", f"{total:,}, {trained:,}")]
+    flops = 0.0
+    for name, (count, tokens, cost) in forwards.items():
+        flops += count * tokens * cost * total
+        lines.append((name, f"{count:,} of {tokens:,} tokens"))
+    weight = 0.56 if cfg.load_4bit else 4 if cfg.preset == "tiny" else 2  # bytes a parameter; NF4 with its scales
+    rows = max(cfg.bs_sft * cfg.sft_length * sft, cfg.bs_rl * row * rl)
+    copies = 2 if rl and cfg.beta and not cfg.use_lora else 1  # the frozen reference
+    gib = 2**30
+    lines += [
+        ("completions per rollout batch, batches", f"{completions}, {batches if rl else 0:,}"),
+        ("FLOPs of training, about", f"{flops:.2e}"),
+        ("memory: weights" + (" and reference" if copies == 2 else ""), f"{total * weight * copies / gib:.3f} GiB"),
+        ("memory: gradients and AdamW", f"{trained * 12 / gib:.3f} GiB"),
+        ("memory: logits of one pass, fp32", f"{rows * config.vocab_size * 4 / gib:.3f} GiB"),
+        ("disk: weights and trainer state", f"{(trained * 4 + trained * 12) / gib:.3f} GiB"),
+        ("evaluation lengths, steps", ", ".join(f"{n}: {n // 2}" for n in eval_lengths(cfg))),
+    ]
+    return lines
+
+
+def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
+    """Print every setting with where it came from, and what the run will need."""
+    rows = [(f.name, getattr(cfg, f.name), origin[f.name], f.metadata["source"]) for f in dataclasses.fields(Settings)]
+    screen.table("Settings", ["setting", "value", "from", "source of the default"], rows)
+    screen.table("What the run needs", ["quantity", "value"], plan(cfg))
+
+
+def run(cfg: Settings, given: dict, screen: Screen) -> None:
+    """Do the task and show its results."""
+    torch.set_num_threads(cfg.threads or len(os.sched_getaffinity(0)))
+    began, out = time.monotonic(), Path(cfg.output_dir) / {"sft_only": "sft"}.get(cfg.task, cfg.task)
+    if cfg.task == "table1":
+        entries = run_table1(cfg, given, screen, out)
+    else:
+        entries = (run_sft_only if cfg.task == "sft_only" else run_benchmark)(cfg, screen, out)
+    if entries:
+        results_table(screen, entries, cfg)
+    screen.say(f"done in {(time.monotonic() - began) / 60:.1f} min; results are in {out}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit status: 0 done, 1 stopped, 2 wrong input, 130 Ctrl-C."""
+    try:
+        given = read_flags(argv)
+        cfg, origin = settle(given)
+        screen = Screen()
+        if cfg.dry_run:
+            dry_run(cfg, origin, screen)
+        else:
+            run(cfg, given, screen)
+    except UserError as e:
+        print(f"d1_full.py: error: {e}", file=sys.stderr)
+        return 2
+    except NonFiniteLoss as e:
+        print(f"d1_full.py: stopped: {e}. The last checkpoint is as it was; try a smaller learning rate.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("d1_full.py: stopped by Ctrl-C; --resume continues from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
