@@ -144,7 +144,8 @@ class Settings:
     warmup_sft: int = opt(0, "steps of linear warm-up", "App. D.2", tiny=100, low=0)
     wd_sft: float = opt(0.1, "AdamW weight decay", "App. D.2", low=0.0)
     clip_sft: float = opt(1.0, "gradient norm limit", "App. D.2", low=0.0)
-    sft_length: int = opt(4096, "rows are padded with EOS to this many tokens, longer ones cut", "App. D.2", tiny=72, low=8)
+    sft_length: int = opt(4096, "rows are padded with EOS to this length or cut", "App. D.2", tiny=56, low=8)
+    sft_extra: int = opt(0, "one SFT batch in five is up to this much longer, to know longer canvases", tiny=64, low=0)
     n_traces: int = opt(8000, "generated traces a task in the tiny model's SFT corpus", low=1)
     # stage 2: diffu-GRPO
     steps_rl: int = opt(STEPS_RL, "gradient updates", "authors, d1 issue 25", tiny=160, low=0)
@@ -161,14 +162,14 @@ class Settings:
     lr_rl: float = opt(3e-6, "constant learning rate", "App. D", tiny=2e-4, low=0.0)
     wd_rl: float = opt(0.1, "AdamW weight decay", "App. D", low=0.0)
     clip_rl: float = opt(0.2, "gradient norm limit", "App. D", low=0.0)
-    temperature: float = opt({"sudoku": 0.3, "*": 0.9}, "sampling temperature of rollouts", "App. D; official scripts: .9 in effect",
-                             official=0.9, tiny=0.9, low=0.0)
+    temperature: float = opt({"sudoku": 0.3, "*": 0.9}, "sampling temperature of rollouts",
+                             "App. D; official scripts: .9 in effect", official=0.9, tiny=0.9, low=0.0)
     max_prompt: int = opt(200, "longest prompt; longer ones are cut on the left", "App. D", tiny=64, low=1)
     # decoder and evaluation
-    gen_length: int = opt(256, "tokens a rollout may take", "App. D", tiny=48, low=1)
-    block_length: int = opt(32, "tokens of a semi-autoregressive block", "App. D", tiny=16, low=1)
+    gen_length: int = opt(256, "tokens a rollout may take", "App. D", tiny=32, low=1)
+    block_length: int = opt(32, "tokens of a semi-autoregressive block", "App. D", low=1)
     diffusion_steps: int = opt(0, "denoising steps of a rollout; 0 = gen_length/2", "App. D", low=0)
-    eval_lengths: str = opt("128,256,512", "evaluation lengths, greedy, length/2 steps each", "Sec. 4", tiny="48,96,192")
+    eval_lengths: str = opt("128,256,512", "evaluation lengths; greedy, length/2 steps", "Sec. 4", tiny="32,64,96")
     limit: int = opt(256, "test problems to evaluate; 0 = all", "App. D for count and sudoku", low=0)
     bs_eval: int = opt(8, "rows decoded at once", tiny=128, low=1)
     save_steps: int = opt(100, "updates between checkpoints and held-out checks", "official train.yaml", tiny=40, low=1)
@@ -341,7 +342,7 @@ def diffu_grpo_loss(
     with torch.no_grad():
         rho = torch.ones_like(logp) if logp_old is None else (logp - logp_old).exp()
         metrics = {"kl": (kl * live).sum() / n_live, "clip_frac": (clipped & live).sum() / n_live,
-                   "ratio_max": torch.where(live, rho, 0.0).max()}  # fmt: skip
+                   "ratio_max": torch.where(live, rho, 0.0).max()}
     return loss, metrics
 
 
@@ -371,7 +372,7 @@ def check_decoding(gen_length: int, block_length: int, steps: int | None, remask
 def row_generators(generator, rows: int) -> list[torch.Generator]:
     """One generator a row: the sequence given, or `rows` new ones seeded by one generator's draw."""
     if generator is None:
-        raise ValueError("temperature > 0 and random remasking need a generator: pass torch.Generator().manual_seed(...)")
+        raise ValueError("temperature > 0 and random remasking need generator=torch.Generator().manual_seed(...)")
     if not isinstance(generator, torch.Generator):
         return list(generator)
     seeds = torch.randint(2**62, (rows,), generator=generator, device=generator.device).tolist()
@@ -390,7 +391,7 @@ def sample_tokens(logits: Tensor, temperature: float, counts: list[int], generat
     noise = torch.cat([
         torch.empty(n, logits.shape[-1], device=g.device).exponential_(generator=g)
         for n, g in zip(counts, generators, strict=True)
-    ]).to(logits.device)  # (N, V) -log of it is Gumbel  # fmt: skip
+    ]).to(logits.device)  # (N, V) -log of it is Gumbel
     return (logits / temperature - noise.log()).argmax(-1)
 
 
@@ -403,7 +404,9 @@ def score_positions(logits, tokens, remasking, counts, generators) -> Tensor:
 
 
 @torch.no_grad()
-def denoise_step(model, x, lo, hi, quota, *, prompt_len, mask_id, mask, temperature, cfg_scale, remasking, threshold, generators):
+def denoise_step(
+    model, x, lo, hi, quota, *, prompt_len, mask_id, mask, temperature, cfg_scale, remasking, threshold, generators
+) -> tuple[Tensor, Tensor]:
     """Commit some of the block's masked tokens; `quota` a row, or all above `threshold`. -> new (B, L)
 
     x (B, L) canvas; lo, hi the block's bounds; mask (B, L) attention. Returns (x', new).
@@ -466,7 +469,7 @@ def diffuse_steps(
                 model, x[active], lo, hi, quota, prompt_len=plen, mask_id=mask_id,
                 mask=None if mask is None else mask[active], temperature=temperature, cfg_scale=cfg_scale,
                 remasking=remasking, threshold=threshold, generators=[generators[i] for i in active.tolist()],
-            )  # fmt: skip
+            )
             x = x.index_copy(0, active, part)
             new = torch.zeros_like(x, dtype=torch.bool).index_copy(0, active, new_part)
             yield Frame(x, new, b, step)
@@ -520,7 +523,7 @@ def llada_config(raw: dict):
         rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]}, tie_word_embeddings=False,
         eos_token_id=raw.get("eos_token_id"), pad_token_id=raw.get("pad_token_id"), is_causal=False,
         mask_token_id=raw.get("mask_token_id", LLADA_MASK_ID),
-    )  # fmt: skip
+    )
 
 
 def tiny_model(tokenizer, seed: int = 0):
@@ -531,7 +534,7 @@ def tiny_model(tokenizer, seed: int = 0):
         vocab_size=len(tokenizer), max_position_embeddings=2048, tie_word_embeddings=False, is_causal=False,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
         mask_token_id=tokenizer.mask_token_id, **TINY_SHAPE,
-    )  # fmt: skip
+    )
     with torch.random.fork_rng(devices=[]):  # transformers initialises from the global stream
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
@@ -565,7 +568,7 @@ def resolve_checkpoint(name: str) -> str:
         if not (Path(name, "config.json").exists() or Path(name, "adapter_config.json").exists()):
             raise UserError(f"{name} holds no model: neither config.json nor adapter_config.json is there")
     elif name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"--model {name}: no such folder; give tiny, a hub id such as GSAI-ML/LLaDA-8B-Instruct, or a checkpoint")
+        raise UserError(f"--model {name}: no such folder; give tiny, a hub id (owner/name) or a checkpoint")
     return name
 
 
@@ -576,7 +579,8 @@ def read_config(name: str) -> dict:
     try:
         return PretrainedConfig.get_config_dict(name)[0]
     except OSError as e:
-        raise UserError(f"cannot load {name}: {str(e).splitlines()[0]} Without a network give --model a local folder.") from e
+        why = str(e).splitlines()[0]
+        raise UserError(f"cannot load {name}: {why} Without a network give --model a local folder.") from e
 
 
 def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto", device=None, seed=0):
@@ -586,8 +590,17 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
     folder of this script. dtype: None = fp32 for fp32 checkpoints on CPU, bf16 on CUDA. lora: None
     or (r, alpha). Raises UserError where the model cannot be had. No remote code is ever run.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
+    import transformers
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        BitsAndBytesConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+    )
 
+    transformers.logging.set_verbosity_error()  # its notes on class names would drown ours
+    transformers.logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "tiny":
         tokenizer = build_tokenizer()
@@ -604,13 +617,14 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
     if load_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16)  # fmt: skip
+            bnb_4bit_compute_dtype=torch.bfloat16)
     if raw.get("model_type") == "llada":
         model = LlamaForCausalLM.from_pretrained(base, config=llada_config(raw), key_mapping=LLADA_KEYS, **options)
     else:
-        model = AutoModelForCausalLM.from_pretrained(base, **options)
+        model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, **options)
         model.config.is_causal = False
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    reader = PreTrainedTokenizerFast if raw.get("model_type") == "llada" else AutoTokenizer
+    tokenizer = reader.from_pretrained(base, trust_remote_code=False)
     if tokenizer.mask_token_id is None:
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(raw.get("mask_token_id", LLADA_MASK_ID))
     if adapter:
@@ -635,9 +649,11 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|eot|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-WORDS = ("<reasoning>\n", "\n</reasoning>\n", "<answer>\n", "\n</answer>", "<reasoning>", "</reasoning>",
-         "<answer>", "</answer>", "\\boxed{", "Tom has ", " apples", " bags of ", " and buys ", " and eats ",
-         " more", ". How many are left?", ". How many now?", "Compute ", "Can make ", "I guess.", "Rows.", "Rows, columns and boxes.", "; it takes ", ", ")  # fmt: skip
+WORDS = (
+    "<reasoning>\n", "\n</reasoning>\n", "<answer>\n", "\n</answer>", "<reasoning>", "</reasoning>", "<answer>",
+    "</answer>", "\\boxed{", "Tom has ", " apples", " bags of ", " and buys ", " more", ". How many now?", "Compute ",
+    "Exactly: ", "Roughly: ", "Rows.", "Rows, columns and boxes.", ", ",
+)
 
 
 def build_tokenizer():
@@ -714,18 +730,17 @@ def last_answer(text: str) -> str | None:
     return text[start + len("<answer>") : end].strip() if 0 <= start < end else None
 
 
-def tag_answer(text: str) -> str:
-    """The official reading: after the last <answer>, up to the next </answer>; the whole text without tags."""
-    return text.split("<answer>")[-1].split("</answer>")[0].strip()
+def first_answer(text: str) -> str | None:
+    """The first complete <answer> block, as the official parser reads it."""
+    block = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    return block[1].strip() if block else None
 
 
 def last_boxed(text: str) -> str | None:
     r"""Content of the last \boxed{...} with balanced braces, or None. Linear in the text's length."""
     start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
     depth = 0
-    for i in range(start + len("\\boxed"), len(text)):
+    for i in range(start + len("\\boxed"), len(text)) if start >= 0 else ():
         depth += {"{": 1, "}": -1}.get(text[i], 0)
         if depth == 0:
             return text[start + len("\\boxed{") : i]
@@ -737,44 +752,97 @@ def parse_number(text: str | None) -> Fraction | None:
     if text is None or len(text) > 64:
         return None
     # [D14] official finds no number in 1,234. here: thousands commas, signs and units of money pass.
-    text = unicodedata.normalize("NFKC", text).strip().strip("$%. ").replace("\\$", "").replace("$", "")
-    if not re.fullmatch(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?", text) or not any(c.isdigit() for c in text):
+    text = unicodedata.normalize("NFKC", text).replace("\\", "").strip("$% \n").rstrip(".")
+    if not re.fullmatch(r"[-+]?\$?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?", text) or not text[-1:].isdigit():
         return None
-    return Fraction(text.replace(",", ""))
+    return Fraction(text.replace(",", "").replace("$", ""))
 
 
-def evaluate_expression(text: str, numbers: Sequence[int]) -> Fraction | None:
-    """Exact value of + - * / and brackets over the given integers, each used once; None otherwise.
+def uses_numbers(text: str, numbers: Sequence[int]) -> bool:
+    """True if the integers in the text are the given ones, each once; a digit string of any length is safe."""
+    found = re.findall(r"\d+", text)
+    return max(map(len, found), default=0) < 20 and sorted(map(int, found)) == sorted(
+        n for n in numbers if isinstance(n, int)
+    )
 
-    [D11] official pays for any answer and calls eval on it, so 9**9**9 hangs. Here the text is
-    parsed, never run; at most 200 characters, only the four operations, and exact rationals.
+
+def arithmetic(text: str, number: type = Fraction) -> Any:
+    """Value of an expression in + - * / and brackets, in Fraction or float arithmetic; None if it is none.
+
+    [D11] official pays for any answer and calls eval on it, so 9**9**9 hangs (reward_func.py:105).
+    Here the text is parsed, never run: 300 characters at most and no powers. Floats also know //
+    and a unary plus, which eval accepts.
     """
-    text = unicodedata.normalize("NFKC", text)
-    for tex, op in (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("×", "*"), ("÷", "/")):
-        text = text.replace(tex, op)
-    if len(text) > 200 or not re.fullmatch(r"[\d+\-*/()\s]+", text, re.ASCII):
+    text = " ".join(text.split())
+    if len(text) > 300 or not re.fullmatch(r"[\d+\-*/(). ]+", text, re.ASCII):
         return None
-    if not uses_numbers(text, numbers):
-        return None
-    operations = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__, ast.Div: Fraction.__truediv__}
+    binary = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+    unary: dict = {ast.USub: operator.neg}
+    if number is float:
+        binary[ast.FloorDiv], unary[ast.UAdd] = operator.floordiv, operator.pos
 
-    def value(node) -> Fraction:
-        if isinstance(node, ast.Constant):
-            return Fraction(node.value)
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return -value(node.operand)
-        if isinstance(node, ast.BinOp) and type(node.op) in operations:
-            return operations[type(node.op)](value(node.left), value(node.right))
-        raise ValueError("not one of the four operations")
+    def value(node):
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+            return number(node.value)
+        if isinstance(node, ast.UnaryOp) and type(node.op) in unary:
+            return unary[type(node.op)](value(node.operand))
+        if isinstance(node, ast.BinOp) and type(node.op) in binary:
+            return binary[type(node.op)](value(node.left), value(node.right))
+        raise ValueError("not arithmetic")
 
     try:
-        return value(ast.parse("".join(text.split()), mode="eval").body)
-    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
+        return value(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return None
+
+
+def reaches(text: str | None, example: dict) -> bool | None:
+    """Countdown: True = right, False = the right numbers but another value, None = neither or no expression."""
+    text = unicodedata.normalize("NFKC", text or "")
+    for tex, op in (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("×", "*"), ("÷", "/")):
+        text = text.replace(tex, op)
+    value = arithmetic(text) if uses_numbers(text, example["numbers"]) else None
+    return None if value is None else value == example["target"]
+
+
+def normalise_latex(text: str) -> str:
+    """A plain form of a LaTeX answer, by the rules of the official MATH grader.
+
+    Spacing, sizing, degree, dollar and percent signs go, and so does a trailing unit; \\frac12,
+    \\sqrt3 and 1/2 get braces; .5 becomes 0.5. Raises ValueError where the official rules fail.
+    """
+    for old, new in (("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), ("\\left", ""),
+                     ("\\right", ""), ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", "")):
+        text = text.replace(old, new)
+    if (units := text.split("\\text{ "))[1:]:
+        if len(units) > 2:
+            raise ValueError("two units")
+        text = units[0]
+    text = text.replace("\\%", "").replace("%", "").replace(" .", " 0.").replace("{.", "{0.")
+    text = "0" + text if text.startswith(".") else text
+    sides = text.split("=")
+    text = sides[1] if len(sides) == 2 and len(sides[0]) <= 2 else text
+    if text.endswith("\\sqrt"):
+        raise ValueError("a root of nothing")
+    text = re.sub(r"\\sqrt(?!\{)(.)", r"\\sqrt{\1}", text).replace(" ", "")
+    text = re.sub(r"\\frac(?!\{)(.)(?:\{([^{}]*)\}|(.))", lambda m: f"\\frac{{{m[1]}}}{{{m[2] or m[3]}}}", text)
+    text = "\\frac{1}{2}" if text == "0.5" else text
+    if len(parts := text.split("/")) == 2:
+        top, bottom = (int(p) for p in parts)
+        text = f"\\frac{{{top}}}{{{bottom}}}" if text == f"{top}/{bottom}" else text
+    return text
+
+
+def equal_latex(a: str, b: str) -> bool:
+    """The official equality of two answers: the same plain form, or the same text where that fails."""
+    try:
+        return normalise_latex(a) == normalise_latex(b)
+    except ValueError:
+        return a == b
 
 
 def tag_count_reward(text: str) -> float:
-    """Up to .5 for the four tags on lines of their own, less .001 a character after the last (official rule)."""
+    """Up to .5 for four tags on lines of their own, less .001 a character after the last (official rule)."""
     score = 0.125 * (text.count("<reasoning>\n") == 1) + 0.125 * (text.count("\n</reasoning>\n") == 1)
     if text.count("\n<answer>\n") == 1:
         score += 0.125 - 0.001 * len(text.split("\n</answer>\n")[-1])
@@ -786,83 +854,103 @@ def tag_count_reward(text: str) -> float:
 class Task:
     """One benchmark: where its problems come from, how they are asked, paid and graded.
 
-    A subclass gives `generate` (one generated problem of a split), `parse` (a row of a data file ->
-    example), `question`, `solve` (a demonstration: careful or careless), `rewards` and `grade`.
+    A subclass gives: generate(rng) -> example, an embedded problem; parse(row) -> example, from a
+    data file; question(example); solve(example, rng, careful) -> (work, answer), a demonstration;
+    rewards, grade, ground_truth, and of_record, the example behind a row of a generations file.
     """
 
     name = ""  # as in --task
     official_name = ""  # as in the official generations' file names
     hub = ""  # public data set
     rules = ""  # added to the system text
+    overlap = "are"  # how a problem would be known from training
     stems: tuple[str, ...] = ()  # the fixed words of a question
-    shared = ""  # what no two splits share
+    generate: Callable
+    parse: Callable
+    question: Callable
+    solve: Callable
+    rewards: Callable
+    grade: Callable
 
     @property
     def system(self) -> str:
         return SYSTEM + self.rules
 
+    def key(self, example: dict) -> str | None:
+        """What no two splits share; None for a problem that the embedded generator cannot draw."""
+        return self.question(example) if "work" in example else None
+
+    def split(self, example: dict) -> str | None:
+        """The one split that may hold an embedded problem, the same in every run: 80 % train, 8 % heldout."""
+        return None if (key := self.key(example)) is None else split_of(f"{self.name}/{key}")
+
     def examples(self, split: str, n: int | None = None, seed: int = 0, data: str | None = None) -> list[dict]:
-        """n problems of "train", "heldout" or "test": generated, or read from `data`. All of a file if n is None."""
+        """n problems of "train", "heldout" or "test": generated, or all (the first n) rows of `data`."""
         if data:
-            rows = [self.parse(row) for row in read_rows(data, split)]
-            return rows if n is None else rows[:n]
+            return [self.parse_row(row, data) for row in read_rows(data, split)][:n]
         rng = random.Random(f"{self.name}/{split}/{seed}")
-        return [self.generate(split, rng) for _ in range(256 if n is None else n)]
+        drawn = (self.generate(rng) for _ in itertools.count())
+        return list(itertools.islice((e for e in drawn if self.split(e) == split), 256 if n is None else n))
+
+    def parse_row(self, row: dict, source: str) -> dict:
+        """`parse`, with a clear word on a row that is not of this task."""
+        try:
+            return self.parse(row)
+        except (KeyError, ValueError, AttributeError, TypeError) as e:
+            raise UserError(f"{source}: not a {self.name} problem: {str(row)[:120]} ({type(e).__name__}: {e})") from e
 
     def messages(self, example: dict) -> list[dict]:
-        """The chat that asks one problem; training and evaluation share it [D13]."""
-        # [D13] official trains with a tags-only text and tests with a math-expert text, a boxed answer
-        #       and a prefilled <reasoning>. here: one builder for SFT, RL and evaluation.
+        """The chat that asks one problem.
+
+        [D13] official trains with a tags-only text and tests with a math-expert text, a boxed answer
+        and a prefilled <reasoning>. Here one builder serves SFT, RL and evaluation.
+        """
         return [{"role": "user", "content": f"{self.system}\n\n{self.question(example)}"}]
-
-    def ground_truth(self, example: dict) -> Any:
-        """What the official generations file holds as ground_truth."""
-        return example["answer"]
-
-    def of_record(self, record: dict) -> dict:
-        """The example behind a row of a generations file."""
-        return {"answer": str(record["ground_truth"])}
-
-    def seen(self, examples: list[dict]) -> int | None:
-        """How many problems share `shared` with the embedded training split; None if that says nothing."""
-        return None
 
     def demonstrate(self, example: dict, rng: random.Random, careful: bool) -> str:
         """A reply in the required form, by a careful solver who works it out or a careless one who guesses."""
         work, answer = self.solve(example, rng, careful)
         return f"<reasoning>\n{work}\n</reasoning>\n<answer>\n{answer}\n</answer>"
 
+    def ground_truth(self, example: dict) -> Any:
+        """What the official generations file holds as ground_truth."""
+        return example["answer"]
+
+    def of_record(self, record: dict) -> dict:
+        return {"answer": str(record["ground_truth"])}
+
+
+def split_of(key: str) -> str:
+    """A fixed split for a key: 80 % train, 8 % heldout, 12 % test."""
+    bucket = hashlib.sha256(key.encode()).digest()[0] / 256
+    return "train" if bucket < 0.8 else "heldout" if bucket < 0.88 else "test"
+
 
 def read_rows(data: str, split: str) -> list[dict]:
     """Rows of a local JSONL, JSON, CSV or Parquet file, or of a hub data set's split."""
     import datasets
 
-    path = Path(data)
-    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    path, kinds = Path(data), {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
     try:
-        if path.suffix in kinds:
-            if not path.is_file():
-                raise UserError(f"no such data file: {data}")
-            if path.suffix == ".csv":  # every column as text: a puzzle's leading zeros are digits
-                with path.open(newline="", encoding="utf-8") as f:
-                    return list(csv.DictReader(f))
-            return list(datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train"))
+        if path.suffix == ".csv" and path.is_file():  # every column as text: a puzzle's leading zeros are digits
+            with path.open(newline="", encoding="utf-8") as f:
+                return list(csv.DictReader(f))
+        if path.is_file() and path.suffix in kinds:
+            with tempfile.TemporaryDirectory() as cache:  # nothing is left behind, nothing stale is read
+                return list(datasets.load_dataset(kinds[path.suffix], data_files=data, split="train", cache_dir=cache))
+        if path.exists() or path.suffix or data.count("/") != 1:
+            raise UserError(f"no data file {data}: give a .jsonl, .json, .csv or .parquet file, or a hub id owner/name")
         return list(datasets.load_dataset(data, split="test" if split == "test" else "train"))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
         raise UserError(f"cannot read {data}: {str(e).splitlines()[0]}; without a network give a local file") from e
 
 
-def split_of(key: str) -> str:
-    """A fixed split for a problem's key, the same in every run: 80 % train, 8 % heldout, 12 % test."""
-    bucket = hashlib.sha256(key.encode()).digest()[0] / 256
-    return "train" if bucket < 0.8 else "heldout" if bucket < 0.88 else "test"
-
-
-def draw_in_split(split: str, draw: Callable[[], Any], key: Callable[[Any], str]) -> Any:
-    """Redraw until the problem's key falls in the split, so that splits share no key."""
-    while split_of(key(item := draw())) != split:
-        pass
-    return item
+def careful_or_not(work: str, answer: str, rng: random.Random, careful: bool) -> tuple[str, str]:
+    """The work and answer as they are, or as a careless solver has them: every result of the work a little off."""
+    if careful:
+        return f"Exactly: {work}", answer
+    slips = re.sub(r"(?<==)\d+", lambda m: str(max(int(m[0]) + rng.choice((-3, -2, -1, 1, 2, 3)), 0)), work)
+    return f"Roughly: {slips}", slips.split("=")[-1]
 
 
 class Gsm8k(Task):
@@ -871,18 +959,12 @@ class Gsm8k(Task):
     name = official_name = "gsm8k"
     hub = "openai/gsm8k"
 
-    def generate(self, split, rng):
-        def draw():
-            return rng.choice((" more", " bags of ")), rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 9)
-
-        kind, a, b, c = draw_in_split(split, draw, lambda p: f"gsm8k/{p}")
-        if kind == " more":
-            question = f"Tom has {a} apples and buys {b} more and buys {c} more. How many now?"
-            work, answer = f"{a}+{b}={a + b}\n{a + b}+{c}={a + b + c}", a + b + c
-        else:
-            question = f"Tom has {a} apples and buys {b} bags of {c}. How many now?"
-            work, answer = f"{b}*{c}={b * c}\n{b * c}+{a}={b * c + a}", b * c + a
-        return {"question": question, "answer": str(answer), "work": work}
+    def generate(self, rng):
+        bags, (a, b, c) = rng.random() < 0.5, (rng.randint(2, 9) for _ in range(3))
+        middle, total = (b * c, a + b * c) if bags else (a + b, a + b + c)
+        bought = f"{b} bags of {c}" if bags else f"{b} more and buys {c} more"
+        work = f"{b}*{c}={middle}\n{middle}+{a}={total}" if bags else f"{a}+{b}={middle}\n{middle}+{c}={total}"
+        return {"question": f"Tom has {a} apples and buys {bought}. How many now?", "answer": str(total), "work": work}
 
     def parse(self, row):
         return {"question": row["question"], "answer": row["answer"].split("####")[-1].strip().replace(",", "")}
@@ -891,37 +973,35 @@ class Gsm8k(Task):
         return example["question"]
 
     def solve(self, example, rng, careful):
-        if careful:
-            return example["work"], example["answer"]
-        return "I guess.", str(max(int(example["answer"]) + rng.choice((-3, -2, -1, 1, 2, 3)), 0))
+        return careful_or_not(example["work"], example["answer"], rng, careful)
 
     def ground_truth(self, example):
         return float(example["answer"].replace(",", ""))
 
     def of_record(self, record):
-        gold = record["ground_truth"]
+        gold = record["ground_truth"]  # the official file has null where its own parser failed
         return {"answer": "" if gold is None else f"{gold:g}" if isinstance(gold, float) else str(gold)}
 
     def rewards(self, completion, example, official=False):
-        found = tag_answer(completion) if official else last_answer(completion)
+        found = completion.split("<answer>")[-1].split("</answer>")[0].strip() if official else last_answer(completion)
         # [D10] official's patterns lack DOTALL (reward_func.py:49), so work of two lines never earns
-        #       the format reward. here: "." matches a newline.
-        flags = 0 if official else re.DOTALL
-        strict = re.match(r"^<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n?$", completion, flags)
-        if official:
-            strict = re.match(r"^<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n$", completion)
+        #       the format reward. here: "." matches a newline, and a final one is not demanded.
+        flags, final = (0, "\n$") if official else (re.DOTALL, "\n?$")
+        strict = re.match(r"^<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>" + final, completion, flags)
         soft = re.match(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", completion, flags)
-        number, gold = parse_number(found), parse_number(example["answer"])
-        right = found == example["answer"] if official else number is not None and number == gold
+        number = parse_number(found)
+        right = found == example["answer"] if official else None is not number == parse_number(example["answer"])
         integer = (found or "").isdigit() if official else number is not None and number.denominator == 1
         return {"correctness": 2.0 * right, "int": 0.5 * integer, "strict_format": 0.5 * bool(strict),
-                "soft_format": 0.5 * bool(soft), "xmlcount": tag_count_reward(completion)}  # fmt: skip
+                "soft_format": 0.5 * bool(soft), "xmlcount": tag_count_reward(completion)}
 
     def grade(self, completion, example):
-        found = last_answer(completion) or last_boxed(completion)
-        found = last_boxed(found or "") or found
+        found = last_answer(completion) or ""
+        found = last_boxed(found) or found or last_boxed(completion)
         number = parse_number(found)
-        right = number is not None and number == parse_number(str(example["answer"]))
+        if number is None and found and (numbers := re.findall(r"[-+]?\d[\d,]*(?:\.\d+)?", found[-200:])):
+            number = parse_number(numbers[-1].rstrip(","))  # "72 clips": the last number said
+        right = None is not number == parse_number(example["answer"])
         return Grade(right, float(right), found)
 
 
@@ -932,24 +1012,21 @@ class Math500(Task):
     hub = "ankner/math-500"
     rules = "\nPut the final answer in \\boxed{} inside the answer block."
 
-    def generate(self, split, rng):
-        def draw():
-            return rng.choice("+-"), rng.randint(2, 9), rng.randint(2, 9), rng.randint(1, 9)
-
-        op, a, b, c = draw_in_split(split, draw, lambda p: f"math/{p}")
+    def generate(self, rng):
+        (a, b, c), op = (rng.randint(2, 9) for _ in range(3)), rng.choice("+-")
         total = a * b + (c if op == "+" else -c)
-        return {"problem": f"Compute {a}*{b}{op}{c}", "answer": str(total), "work": f"{a}*{b}={a * b}\n{a * b}{op}{c}={total}"}
+        work = f"{a}*{b}={a * b}\n{a * b}{op}{c}={total}"
+        return {"problem": f"Compute {a}*{b}{op}{c}", "answer": str(total), "work": work}
 
     def parse(self, row):
-        answer = row["answer"]
-        return {"problem": row["problem"], "answer": last_boxed(answer) or answer}
+        return {"problem": row["problem"], "answer": last_boxed(row["answer"]) or row["answer"]}
 
     def question(self, example):
         return example["problem"]
 
     def solve(self, example, rng, careful):
-        answer = example["answer"] if careful else int(example["answer"]) + rng.choice((-3, -2, -1, 1, 2, 3))
-        return example["work"] if careful else "I guess.", f"\\boxed{{{answer}}}"
+        work, answer = careful_or_not(example["work"], example["answer"], rng, careful)
+        return work, f"\\boxed{{{answer}}}"
 
     def rewards(self, completion, example, official=False):
         tagged = "<answer>" in completion
@@ -957,80 +1034,46 @@ class Math500(Task):
         # [D12] official looks for a backspace and "oxed" (a mistyped "\boxed"), so the bonus never
         #       comes. here: it looks for \boxed.
         boxed = ("\boxed" if official else "\\boxed") in inside
-        right = self.grade(completion, example).correct
+        if official:
+            right = equal_latex(official_boxed(completion) or completion, example["answer"])
+        else:
+            right = self.grade(completion, example).correct
         return {"correctness": 2.0 * right, "boxed_and_answer_tags": 0.5 * tagged + (0.5 if boxed else 0.25)}
 
     def grade(self, completion, example):
-        inside = last_answer(completion)
-        found = last_boxed(inside or "") or last_boxed(completion)
-        number = parse_number(found)
-        right = found is not None and (equal_latex(found, example["answer"]) or number is not None and number == parse_number(example["answer"]))
+        found, gold = last_boxed(last_answer(completion) or "") or last_boxed(completion), example["answer"]
+        same_number = None is not parse_number(found) == parse_number(gold)
+        right = found is not None and (same_number or equal_latex(found, gold))
         return Grade(right, float(right), found)
 
 
-def normalise_latex(text: str) -> str:
-    """A plain form of a LaTeX answer for comparison, by the rules of the official MATH grader.
-
-    Spacing, sizing, degree, dollar and percent signs go; a trailing unit goes; \\frac12, \\sqrt3 and
-    1/2 get braces; .5 and 0.5 become a fraction. Raises ValueError where the official rules fail.
-    """
-    for old, new in (("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), ("\\left", ""), ("\\right", ""),
-                     ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", "")):  # fmt: skip
-        text = text.replace(old, new)
-    if (units := text.split("\\text{ "))[1:]:
-        if len(units) > 2:
-            raise ValueError("two units")
-        text = units[0]
-    text = text.replace("\\%", "").replace("%", "").replace(" .", " 0.").replace("{.", "{0.")
-    text = "0" + text if text.startswith(".") else text
-    sides = text.split("=")
-    text = sides[1] if len(sides) == 2 and len(sides[0]) <= 2 else text
-    if re.search(r"\\sqrt$", text):
-        raise ValueError("a root of nothing")
-    text = re.sub(r"\\sqrt(?!\{)(.)", r"\\sqrt{\1}", text).replace(" ", "")
-    text = re.sub(r"\\frac(?!\{)(.)(?:\{([^{}]*)\}|(.))", lambda m: f"\\frac{{{m[1]}}}{{{m[2] or m[3]}}}", text)
-    text = "\\frac{1}{2}" if text == "0.5" else text
-    if len(parts := text.split("/")) == 2:
-        whole = [int(p) for p in parts]
-        text = f"\\frac{{{whole[0]}}}{{{whole[1]}}}" if text == f"{whole[0]}/{whole[1]}" else text
-    return text
-
-
-def equal_latex(a: str, b: str) -> bool:
-    """The official equality of two answers: same plain form, or the same text where that fails."""
-    try:
-        return normalise_latex(a) == normalise_latex(b)
-    except ValueError:
-        return a == b
-
-
 class Countdown(Task):
-    """Reach a target with + - * / and each of three numbers once. Generated: numbers 1 to 9, in order."""
+    """Reach a target with + - * / and each number once. Embedded: three numbers 1 to 9, used in order."""
 
     name, official_name = "count", "countdown"
     hub = "Jiayi-Pan/Countdown-Tasks-3to4"
-    rules = "\nUse each given number exactly once, with + - * / and brackets, to reach the target. Answer with the expression alone."
+    rules = ("\nUse each given number exactly once, with + - * / and brackets, to reach the target. "
+             "Answer with the expression alone.")
     stems = ("Numbers: [", "]\nTarget: ")
-    shared = "numbers and target"
 
-    def generate(self, split, rng):
+    def generate(self, rng):
         while True:
             numbers = [rng.randint(1, 9) for _ in range(3)]
             middle, target = self.steps(*numbers, rng.choice("+-*"), rng.choice("+-*"))
-            example = {"numbers": numbers, "target": target}
-            if middle > 0 and 0 < target < 100 and split_of(self.split_key(example)) == split:
-                return example
-
-    @staticmethod
-    def split_key(example: dict) -> str:
-        """Problems with the same numbers, in any order, and the same target are one problem."""
-        return f"count/{sorted(example['numbers'])}/{example['target']}"
+            if middle > 0 and 0 < target < 100:
+                return {"numbers": numbers, "target": target}
 
     @staticmethod
     def steps(a, b, c, first, second):
-        operate = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+        """Values after the first and the second operation."""
+        operate = {"+": operator.add, "-": operator.sub, "*": operator.mul}
         middle = operate[first](a, b)
         return middle, operate[second](middle, c)
+
+    def key(self, example):
+        """Problems with the same numbers, in any order, and the same target are one problem."""
+        numbers = sorted(example["numbers"])
+        return f"{numbers}/{example['target']}" if len(numbers) == 3 and numbers[-1] < 10 else None
 
     def parse(self, row):
         if "input" in row:
@@ -1041,14 +1084,15 @@ class Countdown(Task):
         return f"Numbers: [{', '.join(map(str, example['numbers']))}]\nTarget: {example['target']}"
 
     def solve(self, example, rng, careful):
-        a, b, c = example["numbers"]
-        target, ways = example["target"], list(itertools.product("+-*", repeat=2))
-        if careful:
-            ways = [w for w in ways if (s := self.steps(a, b, c, *w))[0] > 0 and s[1] == target]
-        first, second = rng.choice(ways)
+        (a, b, c), target = example["numbers"], example["target"]
+        ways = list(itertools.product("+-*", repeat=2))
+        right = [w for w in ways if (s := self.steps(a, b, c, *w))[0] > 0 and s[1] == target]
+        first, second = rng.choice(right if careful else ways)
+        # the work makes each step local: what a and b can make, and what it takes before c
         makes = [a + b, a - b if a > b else "x", a * b]
         takes = [target - c if target > c else "x", target + c, target // c if target % c == 0 else "x"]
-        work = f"Can make {','.join(map(str, makes))}; it takes {','.join(map(str, takes))}" if careful else "I guess."
+        results = "".join(f"={n}" for n in (*makes, *takes))
+        work, _ = careful_or_not(results, "", rng, careful)
         left = f"({a}{first}{b})" if second == "*" and first != "*" else f"{a}{first}{b}"
         return work, f"{left}{second}{c}"
 
@@ -1058,103 +1102,58 @@ class Countdown(Task):
     def of_record(self, record):
         return dict(zip(("numbers", "target"), record["ground_truth"], strict=True))
 
-    def seen(self, examples):
-        embedded = (e for e in examples if max(e["numbers"]) < 10 and len(e["numbers"]) == 3)
-        return sum(split_of(self.split_key(e)) == "train" for e in embedded)
-
     def rewards(self, completion, example, official=False):
-        if official:
-            return {"countdown": official_countdown_reward(completion, example)}
-        found = last_answer(completion)
-        value = None if found is None else evaluate_expression(found, example["numbers"])
-        return {"countdown": 0.0 if value is None else 1.0 if value == example["target"] else 0.1}
+        if not official:
+            return {"countdown": {True: 1.0, False: 0.1, None: 0.0}[reaches(last_answer(completion), example)]}
+        answers = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
+        right = bool(answers) and official_reaches(answers[-1].strip(), example)
+        return {"countdown": 1.0 if right else 0.1 if answers else 0.0}
 
     def grade(self, completion, example):
         found = last_answer(completion)
         found = last_boxed(found or completion) or found
-        left = None if found is None else found.split("=")[0]
-        right = left is not None and evaluate_expression(left, example["numbers"]) == example["target"]
+        right = found is not None and reaches(found.split("=")[0], example) is True
         return Grade(right, float(right), found)
-
-
-def official_value(text: str) -> float | None:
-    """What Python's eval gives for digits, + - * / // ( ) and dots, without eval; None if it fails or explodes."""
-    text = " ".join(text.split())
-    if len(text) > 300 or not re.fullmatch(r"[\d+\-*/(). ]+", text, re.ASCII):
-        return None
-    binary = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv}
-    unary = {ast.USub: operator.neg, ast.UAdd: operator.pos}
-
-    def value(node):
-        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-            return node.value
-        if isinstance(node, ast.UnaryOp) and type(node.op) in unary:
-            return unary[type(node.op)](value(node.operand))
-        if isinstance(node, ast.BinOp) and type(node.op) in binary:
-            return binary[type(node.op)](value(node.left), value(node.right))
-        raise ValueError("not arithmetic")
-
-    try:
-        return float(value(ast.parse(text, mode="eval").body))
-    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
-        return None
-
-
-def uses_numbers(text: str, numbers: Sequence[int]) -> bool:
-    """True if the integers in the text are the given ones, each once; a digit string of any length is safe."""
-    found = re.findall(r"\d+", text)
-    return max(map(len, found), default=0) < 20 and sorted(map(int, found)) == sorted(n for n in numbers if isinstance(n, int))
-
-
-def official_countdown_reward(completion: str, example: dict) -> float:
-    """The official value: 1 right, .1 for any answer, 0 for none."""
-    answers = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
-    if not answers:
-        return 0.0
-    text = answers[-1].strip()
-    value = official_value(text) if uses_numbers(text, example["numbers"]) else None
-    return 1.0 if value is not None and abs(value - example["target"]) < 1e-5 else 0.1
 
 
 @functools.cache
 def sudoku_grids() -> tuple[str, ...]:
-    """The 288 complete 4x4 grids, as 16-character strings in a fixed shuffled order."""
-    rows = ["".join(p) for p in itertools.permutations("1234")]
-    grids = []
+    """The 288 complete 4x4 grids, as 16-character strings."""
+    rows, grids = ["".join(p) for p in itertools.permutations("1234")], []
     for four in itertools.product(rows, repeat=4):
         boxes = [four[r][c : c + 2] + four[r + 1][c : c + 2] for r in (0, 2) for c in (0, 2)]
         if all(len(set(u)) == 4 for u in (*zip(*four, strict=True), *boxes)):
             grids.append("".join(four))
-    random.Random(0).shuffle(grids)
     return tuple(grids)
 
 
 class Sudoku(Task):
-    """4x4 sudoku with one solution. Generated puzzles have 8 empty cells, as the published ones."""
+    """4x4 sudoku with one solution. Embedded puzzles have 8 empty cells, as the published ones."""
 
     name = official_name = "sudoku"
-    rules = "\nFill the 4x4 grid, 0 = empty, so that rows, columns and 2x2 boxes hold 1 to 4 once. Answer with the 16 digits."
+    overlap = "have a solution grid that is"
+    rules = ("\nFill the 4x4 grid, 0 = empty, so that rows, columns and 2x2 boxes hold 1 to 4 once. "
+             "Answer with the 16 digits.")
     stems = ("Solve the following Sudoku puzzle: ",)
-    shared = "a solution grid"
 
-    @staticmethod
-    def grids(split: str) -> tuple[str, ...]:
-        """[D15] the official test puzzles share solution grids with training; here no grid is in two splits."""
-        all_ = sudoku_grids()
-        return {"train": all_[:200], "heldout": all_[200:228], "test": all_[228:]}[split]
-
-    def generate(self, split, rng):
+    def generate(self, rng):
         while True:
-            solution = rng.choice(self.grids(split))
-            empty = set(rng.sample(range(16), 8))
-            puzzle = "".join("0" if i in empty else c for i, c in enumerate(solution))
-            fits = [g for g in sudoku_grids() if all(p in ("0", q) for p, q in zip(puzzle, g, strict=True))]
-            if len(fits) == 1:
+            solution, empty = rng.choice(sudoku_grids()), rng.sample(range(16), 8)
+            given = [i for i in range(16) if i not in empty]
+            if sum(all(g[i] == solution[i] for i in given) for g in sudoku_grids()) == 1:
+                puzzle = "".join(c if i in given else "0" for i, c in enumerate(solution))
                 return {"puzzle": puzzle, "solution": solution}
 
+    def key(self, example):
+        """[D15] the official test puzzles share solution grids with training; here no grid is in two splits."""
+        return example["solution"]
+
     def parse(self, row):
-        row = {k.lower(): v for k, v in row.items()}
-        return {"puzzle": str(row["puzzle"]).zfill(16), "solution": str(row["solution"])}
+        row = {k.lower(): str(v) for k, v in row.items()}
+        puzzle, solution = row["puzzle"].zfill(16), row["solution"]
+        if not (re.fullmatch("[0-4]{16}", puzzle) and re.fullmatch("[1-4]{16}", solution)):
+            raise ValueError("puzzle and solution must have 16 digits")
+        return {"puzzle": puzzle, "solution": solution}
 
     def question(self, example):
         return f"Solve the following Sudoku puzzle: {example['puzzle']}"
@@ -1162,11 +1161,11 @@ class Sudoku(Task):
     def solve(self, example, rng, careful):
         if careful:
             return "Rows, columns and boxes.", example["solution"]
-        rows = []  # only the rows: the missing digits in rising order
+        filled = []  # only the rows: the missing digits in rising order
         for row in re.findall("....", example["puzzle"]):
             missing = iter(sorted(set("1234") - set(row)))
-            rows.append("".join(next(missing) if c == "0" else c for c in row))
-        return "Rows.", "".join(rows)
+            filled.append("".join(next(missing) if c == "0" else c for c in row))
+        return "Rows.", "".join(filled)
 
     def ground_truth(self, example):
         return example["solution"]
@@ -1174,23 +1173,20 @@ class Sudoku(Task):
     def of_record(self, record):
         return {"puzzle": re.search(r"\d{16}", record["question"])[0], "solution": record["ground_truth"]}
 
-    def seen(self, examples):
-        return sum(e["solution"] in self.grids("train") for e in examples)
-
-    def rewards(self, completion, example, official=False):
-        blocks = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
-        digits = "".join(c for c in (blocks[-1] if blocks else "") if c.isdigit())
-        return {"sudoku": self.cells(digits, example)}
-
     @staticmethod
     def cells(digits: str, example: dict) -> float:
+        """Share of the empty cells that are right."""
         empty = [i for i, c in enumerate(example["puzzle"]) if c == "0"]
         digits = digits.ljust(16, "0")
-        return sum(digits[i] == example["solution"][i] for i in empty) / len(empty) if empty else 0.0
+        return sum(digits[i] == example["solution"][i] for i in empty) / max(len(empty), 1)
+
+    def rewards(self, completion, example, official=False):
+        answers = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
+        return {"sudoku": self.cells("".join(c for c in "".join(answers[-1:]) if c.isdigit()), example)}
 
     def grade(self, completion, example):
         found = last_answer(completion)
-        digits = re.sub(r"\s", "", found or "")
+        digits = "".join((found or "").split())
         return Grade(digits == example["solution"], self.cells(digits, example), found)
 
 
@@ -1201,7 +1197,7 @@ def grade_generation(task: str, row: dict, mode: str = "strict") -> Grade:
     """Grade a row {"question", "generations", "ground_truth"} of a generations file.
 
     mode "strict" is ours; "official" follows the official parser, whose sudoku score is the share
-    of empty cells. Both figures are reported [D14] [D15].
+    of empty cells. Both figures are reported.
     """
     if task not in TASKS or mode not in ("strict", "official"):
         raise ValueError(f"no grading of task {task!r} in mode {mode!r}")
@@ -1213,66 +1209,63 @@ def grade_generation(task: str, row: dict, mode: str = "strict") -> Grade:
 
 def official_boxed(text: str) -> str | None:
     """Content of the last box as the official parser reads it, "\\boxed 7$" included; None without one."""
-    if "\\boxed " in text:
-        return text.split("\\boxed ")[-1].split("$")[0]
-    return last_boxed(text)
+    return text.split("\\boxed ")[-1].split("$")[0] if "\\boxed " in text else last_boxed(text)
 
 
 def official_gsm8k(text: str, row: dict, example: dict) -> Grade:
-    """First \\boxed{} with a number in it, else the last number of the first <answer>."""
-    numbers = []
-    for content in re.findall(r"\\boxed{(.*?)}", text):
-        numbers = numbers or read_floats(content)[:1]
-    if not numbers and (block := re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)):
-        numbers = read_floats(block[1])[-1:]
-    right = bool(numbers) and numbers[0] == row["ground_truth"]
-    return Grade(right, float(right), str(numbers[0]) if numbers else None)
+    """First box with a number in it, else the last number of the first <answer>."""
 
+    def numbers(content):
+        try:
+            return [float(content.strip())]
+        except ValueError:
+            return [float(n) for n in re.findall(r"-?\d+\.?\d*", content)]
 
-def read_floats(text: str) -> list[float]:
-    """The text as a number, or the plain numbers in it."""
-    try:
-        return [float(text.strip())]
-    except ValueError:
-        return [float(n) for n in re.findall(r"-?\d+\.?\d*", text)]
+    boxes = [n for content in re.findall(r"\\boxed{(.*?)}", text) for n in numbers(content)[:1]]
+    found = (boxes or numbers(first_answer(text) or "")[-1:] or [None])[0]
+    right = found is not None and found == row["ground_truth"]
+    return Grade(right, float(right), None if found is None else str(found))
 
 
 def official_math(text: str, row: dict, example: dict) -> Grade:
     """Last box, else the first <answer>, compared by `equal_latex`."""
-    found = official_boxed(text)
-    if not found:
-        block = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
-        found = block[1].strip() if block else None
+    found = official_boxed(text) or first_answer(text)
     right = found is not None and equal_latex(found, row["ground_truth"])
     return Grade(right, float(right), found)
 
 
+def official_reaches(text: str, example: dict) -> bool:
+    """Countdown as the official code decides it, in floats to 1e-5."""
+    value = arithmetic(text, float) if uses_numbers(text, example["numbers"]) else None
+    return value is not None and abs(value - example["target"]) < 1e-5
+
+
 def official_countdown(text: str, row: dict, example: dict) -> Grade:
     """Last box, else the first <answer>, else all of it; the left side of an equation."""
-    found = official_boxed(text)
-    if found is None:
-        block = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
-        found = block[1].strip() if block else text
+    found = next(s for s in (official_boxed(text), first_answer(text), text) if s is not None)
     for tex, op in (("\\div", "/"), ("\\times", "*"), ("\\cdot", "*")):
         found = found.replace(tex, op)
     equation = re.search(r"([0-9+\-*/() ]+)=[0-9. ]+", found)
     found = equation[1].strip() if equation else found
-    value = official_value(found) if uses_numbers(found, example["numbers"]) else None
-    right = value is not None and abs(value - example["target"]) < 1e-5
+    right = official_reaches(found, example)
     return Grade(right, float(right), found)
 
 
 def official_sudoku(text: str, row: dict, example: dict) -> Grade:
     """Share of empty cells right in what the first of five patterns finds."""
     patterns = (r"<answer>.*?```\s*([\d\s]+)```", r"<answer>(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|</answer>)",
-                r"</answer>\s*(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|$)", r".*?(\d{16})\s*</answer>", r"\b(\d{16})\b")  # fmt: skip
+                r"</answer>\s*(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|$)", r".*?(\d{16})\s*</answer>", r"\b(\d{16})\b")
     matches = (re.search(p, text, re.DOTALL) for p in patterns)
     found = next((m[1].strip() for m in matches if m and m[1].strip()), "")
-    score = Sudoku.cells(re.sub(r"\s", "", found), example)
+    score = Sudoku.cells("".join(found.split()), example)
     return Grade(score == 1, score, found or None)
 
 
-OFFICIAL_GRADES = {"gsm8k": official_gsm8k, "math500": official_math, "count": official_countdown, "sudoku": official_sudoku}
+OFFICIAL_GRADES = {
+    "gsm8k": official_gsm8k, "math500": official_math, "count": official_countdown, "sudoku": official_sudoku
+}
+
+
 # %% 11. The two stages' loops — Algorithm 2 (masked SFT) and Algorithm 1 (diffu-GRPO)
 class Streams:
     """Random streams keyed by purpose and index: nothing to save, and no draw disturbs another.
@@ -1333,7 +1326,8 @@ class Stage:
         """Clip, update, clear. Returns the gradient's norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.clip or math.inf)
         if not torch.isfinite(norm):
-            raise NonFiniteLoss(f"{self.name} step {self.step + 1}: the gradient is {norm.item()} on {self.batch_name()}")
+            what = f"the gradient's norm is {norm.item()} on {self.batch_name()}"
+            raise NonFiniteLoss(f"{self.name} step {self.step + 1}: {what}")
         for g in self.optimizer.param_groups:
             g["lr"] = self.rate()
         self.optimizer.step()
@@ -1348,7 +1342,8 @@ class Stage:
             began = time.perf_counter()
             metrics = self.update()
             self.step += 1
-            metrics = {"stage": self.name, "step": self.step, **metrics, "seconds": round(time.perf_counter() - began, 4)}
+            seconds = round(time.perf_counter() - began, 4)
+            metrics = {"stage": self.name, "step": self.step, **metrics, "seconds": seconds}
             append_jsonl(self.out / "metrics.jsonl", metrics)
             screen.advance(metrics)
             due = due or self.step % self.cfg.save_steps == 0
@@ -1404,7 +1399,9 @@ class MaskedSFT(Stage):
     def nelbo(self, rows, key) -> tuple[Tensor, dict]:
         """Algorithm 2: mask the replies at random levels, predict what was hidden, weigh by 1/t."""
         generator = self.streams.torch(*key)
-        x0, keep = self.collate(rows, self.cfg.sft_length)  # (B, L)
+        longer, extra = draw_uniform((2,), generator, "cpu").tolist()
+        length = self.cfg.sft_length + int(extra * (self.cfg.sft_extra + 1)) * (longer < 0.2)
+        x0, keep = self.collate(rows, length)  # (B, L)
         t = sample_t(len(x0), generator, self.device)  # (B,)
         xt, masked = forward_process(x0, t, keep, self.tokenizer.mask_token_id, generator)
         return masked_nelbo(self.model(xt).logits, x0, masked, t, keep)
@@ -1456,7 +1453,9 @@ class DiffuGRPO(Stage):
 
     name = "diffu_grpo"
 
-    def __init__(self, model, tokenizer, examples: Sequence[dict], ask, reward: RewardFn, cfg: Settings, out: Path, heldout=None):
+    def __init__(
+        self, model, tokenizer, examples: Sequence[dict], ask, reward: RewardFn, cfg: Settings, out: Path, heldout=None
+    ):
         super().__init__(model, tokenizer, cfg, out, cfg.lr_rl, cfg.wd_rl, cfg.clip_rl, cfg.steps_rl)
         self.examples, self.ask, self.reward, self.heldout = examples, ask, reward, heldout
         # [D6] official leaves LoRA dropout on in every pass, so the ratio is not 1 at the first inner
@@ -1494,26 +1493,27 @@ class DiffuGRPO(Stage):
             block_length=cfg.block_length, steps=cfg.diffusion_steps or None, temperature=cfg.temperature,
             eos_id=tok.eos_token_id, stop_at_eos=True,
             generator=[self.streams.torch("rollout", first_row + i) for i in range(len(examples))],
-        )  # fmt: skip
+        )
         completion = ids[:, prompt.shape[1] :]  # (B, C)
         texts = reply_texts(tok, completion)
         scores = self.reward(texts, examples)
         rewards = torch.tensor([sum(s.values()) for s in scores], device=self.device)  # (B,)
-        self.sample = f"{self.ask(examples[0])[-1]['content'].splitlines()[-1]} -> {texts[0]!r} (reward {rewards[0]:.2f})"
+        question = self.ask(examples[0])[-1]["content"].splitlines()[-1]
+        self.sample = f"{question} -> {texts[0]!r} (reward {rewards[0]:.2f})"
         # [D2] official, with accumulation 2, meets 6 of its 12 masks twice (diffu_grpo_trainer.py:96,
         #      373). here: mu masks, each from a stream of its own.
-        hide = [draw_prompt_mask(real, cfg.pmask, self.streams.torch("hide", batch, micro, k)) for k in range(cfg.mu)]
+        streams = [self.streams.torch("hide", batch, micro, k) for k in range(cfg.mu)]
+        hide = [draw_prompt_mask(real, cfg.pmask, stream) for stream in streams]
         # [D9] official runs all mu masks of old and ref in one forward, 7.7 GiB of logits at 8B.
         #      here: one mask at a time, the same numbers.
-        logp = functools.partial(one_step_logp, prompt=prompt, completion=completion, mask_id=tok.mask_token_id, attention_mask=real)
-        logp_old = [logp(self.model, hide=h) for h in hide]
+        logp_old = [one_step_logp(self.model, prompt, completion, h, tok.mask_token_id, real) for h in hide]
         logp_ref = []
         if cfg.beta:
-            with self.reference() as reference:
-                logp_ref = [logp(reference, hide=h) for h in hide]
+            with self.reference() as ref:
+                logp_ref = [one_step_logp(ref, prompt, completion, h, tok.mask_token_id, real) for h in hide]
         return Rollout(prompt, real, completion, live_tokens(completion, tok.eos_token_id), rewards,
                        group_advantages(rewards, cfg.group), hide, logp_old, logp_ref,
-                       {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]})  # fmt: skip
+                       {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]})
 
     def update(self) -> dict[str, float]:
         """Algorithm 1, lines 7 to 11: inner update k on its own prompt mask."""
@@ -1525,11 +1525,12 @@ class DiffuGRPO(Stage):
             logp = one_step_logp(self.model, r.prompt, r.completion, r.hide[k], self.tokenizer.mask_token_id, r.real)
             loss, metrics = diffu_grpo_loss(
                 logp, r.logp_old[k], r.logp_ref[k] if r.logp_ref else None, r.advantages, r.live,
-                eps=self.cfg.eps, beta=self.cfg.beta, norm=self.cfg.norm)  # fmt: skip
+                eps=self.cfg.eps, beta=self.cfg.beta, norm=self.cfg.norm)
             self.backward(loss, 1 / len(self.batch))
             spread = r.rewards.view(-1, self.cfg.group).std(1)  # (B/G,)
-            row = {"loss": loss, "reward": r.rewards.mean(), "reward_std": spread.mean(), "length": r.live.sum(1).float().mean(), **metrics}
-            row = {k: float(v) for k, v in row.items()} | {f"reward/{k}": v for k, v in r.parts.items()}
+            length = r.live.sum(1).float().mean()
+            row = {"loss": loss, "reward": r.rewards.mean(), "reward_std": spread.mean(), "length": length, **metrics}
+            row = {k: float(v.detach()) for k, v in row.items()} | {f"reward/{k}": v for k, v in r.parts.items()}
             total = {k: total.get(k, 0.0) + v / len(self.batch) for k, v in row.items()}
         return {**total, "grad_norm": self.apply_gradient(), "inner": k}
 
@@ -1583,11 +1584,11 @@ def freeze_reference(model) -> Callable[[], contextlib.AbstractContextManager]:
 
 # %% 12. Evaluation and Table 1 — Sec. 4
 PAPER_TABLE1 = {  # LLaDA-8B-Instruct at 128 / 256 / 512, d1 Table 1; a star marks second-hand cells
-    "gsm8k": {"base": "68.7 76.7 78.2", "sft": "66.5* 78.8* 81.1*", "diffu_grpo": "72.6 79.8 81.9", "d1": "73.2 81.1 82.1"},
-    "math500": {"base": "26.0 32.4 36.2", "sft": "26.2* 32.6* 34.8*", "diffu_grpo": "33.2 37.2 39.2", "d1": "33.8 38.6 40.2"},
-    "count": {"base": "20.7 19.5 16.0", "sft": "20.3* 14.5* 23.8*", "diffu_grpo": "33.2 31.3 37.1", "d1": "34.8 32.0 42.2"},
-    "sudoku": {"base": "11.7 6.7 5.5", "sft": "16.5* 8.5* 4.6*", "diffu_grpo": "18.4 12.9 11.0*", "d1": "22.1 16.7 9.5"},
-}  # fmt: skip
+    "gsm8k": dict(base="68.7 76.7 78.2", sft="66.5* 78.8* 81.1*", diffu_grpo="72.6 79.8 81.9", d1="73.2 81.1 82.1"),
+    "math500": dict(base="26.0 32.4 36.2", sft="26.2* 32.6* 34.8*", diffu_grpo="33.2 37.2 39.2", d1="33.8 38.6 40.2"),
+    "count": dict(base="20.7 19.5 16.0", sft="20.3* 14.5* 23.8*", diffu_grpo="33.2 31.3 37.1", d1="34.8 32.0 42.2"),
+    "sudoku": dict(base="11.7 6.7 5.5", sft="16.5* 8.5* 4.6*", diffu_grpo="18.4 12.9 11.0*", d1="22.1 16.7 9.5"),
+}
 ROW_TITLES = {"base": "base", "sft": "+SFT", "diffu_grpo": "+diffu-GRPO", "d1": "d1"}
 
 
@@ -1601,7 +1602,9 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def generate(model, tokenizer, task: Task, examples: Sequence[dict], cfg: Settings, gen_length: int, tick=None) -> Iterator[tuple[int, dict]]:
+def generate(
+    model, tokenizer, task: Task, examples: Sequence[dict], cfg: Settings, gen_length: int, tick=None
+) -> Iterator[tuple[int, dict]]:
     """Greedy replies, length / 2 steps: yields (index, record in the official generations schema)."""
     model.eval()
     device = next(model.parameters()).device
@@ -1613,19 +1616,22 @@ def generate(model, tokenizer, task: Task, examples: Sequence[dict], cfg: Settin
         out = diffuse_decode(
             model, ids, mask_id=tokenizer.mask_token_id, attention_mask=real, gen_length=gen_length,
             block_length=cfg.block_length, eos_id=tokenizer.eos_token_id, stop_at_eos=True,
-        )  # fmt: skip
+        )
         completion = out[:, ids.shape[1] :]  # (B, C)
-        ended = (completion == tokenizer.eos_token_id).any(1).tolist()
-        tokens = (live_tokens(completion, tokenizer.eos_token_id).sum(1) - torch.tensor(ended, device=device).long()).tolist()
-        for i, text, n, end in zip(chosen, reply_texts(tokenizer, completion), tokens, ended, strict=True):
-            prompt_text = tokenizer.decode(prompts[i])
-            yield i, {"question": task.question(examples[i]), "prompt_input": prompt_text, "generations": text,
-                      "ground_truth": task.ground_truth(examples[i]), "effective_tokens": n, "ended": end}  # fmt: skip
+        ended = (completion == tokenizer.eos_token_id).any(1)  # (B,)
+        effective = live_tokens(completion, tokenizer.eos_token_id).sum(1) - ended.long()  # (B,) before the EOS
+        texts = reply_texts(tokenizer, completion)
+        for i, text, n, end in zip(chosen, texts, effective.tolist(), ended.tolist(), strict=True):
+            asked = {"question": task.question(examples[i]), "prompt_input": tokenizer.decode(prompts[i])}
+            reply = {"generations": text, "ground_truth": task.ground_truth(examples[i])}
+            yield i, {**asked, **reply, "effective_tokens": n, "ended": end}
         if tick:
             tick(len(chosen))
 
 
-def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, gen_length: int, row: str, screen: Screen) -> tuple[dict, dict]:
+def evaluate(
+    model, tokenizer, task: Task, examples, cfg: Settings, gen_length: int, row: str, screen: Screen
+) -> tuple[dict, dict]:
     """Accuracy of greedy decoding on `examples`: (entry of eval.json, content of the generations file)."""
     began = time.perf_counter()
     screen.start(f"eval {row} {gen_length}", len(examples), 0)
@@ -1636,18 +1642,23 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, gen_length: 
     official = [grade_generation(task.name, r, "official") for r in records]
     n, hits = len(records), sum(g.correct for g in grades)
     low, high = wilson(hits, n)
-    entry = {"task": task.name, "row": row, "gen_length": gen_length, "data": cfg.data, "n": n, "accuracy": hits / n, "low": low, "high": high,
-             "official": sum(g.score for g in official) / n, "effective_tokens": sum(r["effective_tokens"] for r in records) / n,
-             "ended": sum(r["ended"] for r in records) / n, "answered": sum(g.answer is not None for g in grades) / n}  # fmt: skip
+    entry = {
+        "task": task.name, "row": row, "gen_length": gen_length, "data": cfg.data, "n": n,
+        "accuracy": hits / n, "low": low, "high": high, "official": sum(g.score for g in official) / n,
+        "effective_tokens": sum(r["effective_tokens"] for r in records) / n,
+        "ended": sum(r["ended"] for r in records) / n, "answered": sum(g.answer is not None for g in grades) / n,
+    }
     if task.name == "sudoku":
         entry["cells"] = sum(g.score for g in grades) / n
     seconds = time.perf_counter() - began
     file = {"generations": records, "metrics": {"wall_time": seconds, "total_processed": n}, "model_path": cfg.model,
-            "gen_length": gen_length, "diffusion_steps": gen_length // 2, "block_length": cfg.block_length}  # fmt: skip
+            "gen_length": gen_length, "diffusion_steps": gen_length // 2, "block_length": cfg.block_length}
     return entry, file
 
 
-def evaluate_all(model, tokenizer, task: Task, examples, cfg: Settings, row: str, out: Path, screen: Screen) -> list[dict]:
+def evaluate_all(
+    model, tokenizer, task: Task, examples, cfg: Settings, row: str, out: Path, screen: Screen
+) -> list[dict]:
     """Evaluate at every length; write generations/*.json and merge into eval.json."""
     entries = []
     for length in eval_lengths(cfg):
@@ -1664,7 +1675,7 @@ def evaluate_all(model, tokenizer, task: Task, examples, cfg: Settings, row: str
 # %% 13. Checkpoint and resume
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
-    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
+    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -1685,7 +1696,8 @@ def append_jsonl(path: Path, row: dict) -> None:
 
 def save_trainer(stage: Stage) -> None:
     """trainer/<stage>.pt: all that a resumed run needs, in one file: weights, optimizer, step, best."""
-    state = {"step": stage.step, "weights": [p.detach() for p in stage.params], "optimizer": stage.optimizer.state_dict(), "best": stage.best}
+    weights = [p.detach() for p in stage.params]
+    state = dict(step=stage.step, weights=weights, optimizer=stage.optimizer.state_dict(), best=stage.best)
     write_whole(stage.out / "trainer" / f"{stage.name}.pt", lambda part: torch.save(state, part))
 
 
@@ -1726,10 +1738,11 @@ def run_state(cfg: Settings, stages: list[str], origin: str) -> dict:
     """What d1_state.json tells of a checkpoint: stages passed, settings, versions, commit, argv."""
     import transformers
 
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return {"stages": stages, "preset": cfg.preset, "origin": origin, "settings": dataclasses.asdict(cfg), "argv": sys.argv[1:],
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
-            "commit": git.stdout.strip() or None}  # fmt: skip
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
+    return dict(stages=stages, preset=cfg.preset, origin=origin, settings=dataclasses.asdict(cfg), argv=sys.argv[1:],
+                versions=versions, commit=git.stdout.strip() or None)
 
 
 # %% 14. Screen and logs
@@ -1758,7 +1771,8 @@ class Screen:
         if self.live:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            name_, note = TextColumn("{task.description:<22}"), TextColumn("{task.fields[note]}")
+            columns = (name_, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
             self.bar = Progress(*columns, console=self.console, transient=name.startswith("eval"))
             self.handle = self.bar.add_task(name, total=total, completed=done, note="")
             self.bar.start()
@@ -1810,7 +1824,8 @@ def results_table(screen: Screen, entries: list[dict], cfg: Settings) -> None:
                 text += f" (paper {PAPER_TABLE1[task][row].split()[i]})"
             line.append(text)
         rows.append([*line, next(e["n"] for e in entries if (e["task"], e["row"]) == (task, row))])
-    title = "Accuracy, %: strict grading, greedy, 95 % Wilson interval" + ("; stand-in = generated problems" if standin else "")
+    title = "Accuracy, %: strict grading, greedy, 95 % Wilson interval"
+    title += "; stand-in = generated problems, not the benchmark" if standin else ""
     screen.table(title, ["task", "row", *(f"length {n}" for n in lengths), "n"], rows)
 
 
@@ -1822,9 +1837,10 @@ def plot_curves(out: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    panels = [("sft", "loss", "SFT loss, nats a token"), ("diffu_grpo", "reward", "mean reward"),
-              ("diffu_grpo", "kl", "KL to the start of stage 2"), ("diffu_grpo", "heldout_accuracy", "held-out accuracy")]  # fmt: skip
-    panels = [(p, xy) for p in panels if (xy := [(r["step"], r[p[1]]) for r in rows if r["stage"] == p[0] and p[1] in r])]
+    titles = {("sft", "loss"): "SFT loss, nats a token", ("diffu_grpo", "reward"): "mean reward",
+              ("diffu_grpo", "kl"): "KL to start of stage 2", ("diffu_grpo", "heldout_accuracy"): "held-out accuracy"}
+    points = {p: [(r["step"], r[p[1]]) for r in rows if r["stage"] == p[0] and p[1] in r] for p in titles}
+    panels = [((stage, name, titles[stage, name]), xy) for (stage, name), xy in points.items() if xy]
     if not panels:
         return
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False)
@@ -1858,6 +1874,7 @@ def default_of(f: dataclasses.Field, preset: str, task: str) -> Any:
 
 
 def show_default(f: dataclasses.Field) -> str:
+    """A setting's defaults as --help shows them."""
     columns = f.metadata["columns"]
     short = [f"{p} {json.dumps(v) if isinstance(v, dict) else v!r}" for p, v in columns.items()]
     return short[0].split(" ", 1)[1] if len({json.dumps(v) for v in columns.values()}) == 1 else " | ".join(short)
@@ -1866,9 +1883,10 @@ def show_default(f: dataclasses.Field) -> str:
 def build_parser() -> Parser:
     """One flag per field of Settings; help = text, defaults, source."""
     parser = Parser(
-        prog="d1_full.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.split("\n\n")[0],
+        prog="d1_full.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__.split("\n\n")[0],
         epilog="Start here:  python d1_full.py --task sudoku        (the embedded model, offline, minutes)\n"
-               "             python d1_full.py --task sudoku --dry_run   (settings and cost, nothing run)")  # fmt: skip
+               "             python d1_full.py --task sudoku --dry_run   (settings and cost, nothing run)")
     kinds = {"int": int, "float": float, "str": str}
     for f in dataclasses.fields(Settings):
         m = f.metadata
@@ -1876,7 +1894,8 @@ def build_parser() -> Parser:
         if f.type == "bool":
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
-            parser.add_argument(f"--{f.name}", type=kinds[f.type], default=None, choices=m["choices"] or None, metavar=None if m["choices"] else f.type.upper(), help=text)
+            shape = dict(choices=m["choices"]) if m["choices"] else dict(metavar=f.type.upper())
+            parser.add_argument(f"--{f.name}", type=kinds[f.type], default=None, help=text, **shape)
     return parser
 
 
@@ -1897,12 +1916,13 @@ def read_config_file(path: str) -> dict:
         kind = {"int": int, "float": (int, float), "str": str, "bool": bool}[fields[name].type]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise UserError(f"--config {path}: {name} must be of type {fields[name].type}, not {value!r}")
-        if fields[name].metadata["choices"] and value not in fields[name].metadata["choices"]:
-            raise UserError(f"--config {path}: {name} must be one of {', '.join(fields[name].metadata['choices'])}, not {value!r}")
+        if (choices := fields[name].metadata["choices"]) and value not in choices:
+            raise UserError(f"--config {path}: {name} must be one of {', '.join(choices)}, not {value!r}")
     return content
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
+    """The nearest known name, as a hint."""
     near = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -1941,6 +1961,7 @@ def settle(given: dict[str, tuple[Any, str]]) -> tuple[Settings, dict[str, str]]
 
 
 def eval_lengths(cfg: Settings) -> list[int]:
+    """--eval_lengths as numbers."""
     return [int(n) for n in str(cfg.eval_lengths).split(",")]
 
 
@@ -1960,7 +1981,8 @@ def validate(cfg: Settings) -> None:
             raise UserError(f"--{flag} {length} must be a positive multiple of --block_length {cfg.block_length}")
     blocks = cfg.gen_length // cfg.block_length
     if cfg.diffusion_steps and not blocks <= cfg.diffusion_steps <= cfg.gen_length:
-        raise UserError(f"--diffusion_steps must be between {blocks} (one a block) and --gen_length {cfg.gen_length}, not {cfg.diffusion_steps}")
+        bounds = f"between {blocks} (one a block) and --gen_length {cfg.gen_length}"
+        raise UserError(f"--diffusion_steps must be {bounds}, not {cfg.diffusion_steps}")
     if cfg.bs_rl % cfg.group:
         raise UserError(f"--bs_rl {cfg.bs_rl} must be a multiple of --group {cfg.group}")
     if cfg.eval_only and cfg.task not in RL_TASKS:
@@ -1973,15 +1995,19 @@ def validate(cfg: Settings) -> None:
         resolve_checkpoint(cfg.model)
 
 
+CAREFUL = 0.4  # share of generated demonstrations by the careful solver; the rest is careless
+
+
 def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task]) -> list[tuple[list[int], int]]:
-    """The SFT corpus as (ids, prompt_len): a file's traces, or generated demonstrations, half of them careless."""
+    """The SFT corpus as (ids, prompt_len): a file's traces, or generated demonstrations, most of them careless."""
     if cfg.sft_data:
         pairs = [read_trace(row, cfg.sft_data) for row in read_rows(cfg.sft_data, "train")]
-        return [encode_example(tokenizer, [{"role": "user", "content": f"{SYSTEM}\n\n{q}"}], reply) for q, reply in pairs]
+        chats = [([{"role": "user", "content": f"{SYSTEM}\n\n{question}"}], reply) for question, reply in pairs]
+        return [encode_example(tokenizer, messages, reply) for messages, reply in chats]
     rng, rows = random.Random(f"sft/{cfg.seed}"), []
     for task in tasks:
         for example in task.examples("train", cfg.n_traces, seed=cfg.seed):
-            reply = task.demonstrate(example, rng, careful=rng.random() < 0.5)
+            reply = task.demonstrate(example, rng, careful=rng.random() < CAREFUL)
             rows.append(encode_example(tokenizer, task.messages(example), reply))
     return rows
 
@@ -1989,14 +2015,16 @@ def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task]) -> list[tuple[list
 def read_trace(row: dict, source: str) -> tuple[str, str]:
     """(question, reply) of an SFT row: s1K's columns, or question and reply."""
     if {"question", "thinking_trajectories", "attempt"} <= row.keys():
-        return row["question"], f"<reasoning>\n{row['thinking_trajectories'][0]}\n</reasoning>\n<answer>\n{row['attempt']}\n</answer>"
+        thoughts, answer = row["thinking_trajectories"][0], row["attempt"]
+        return row["question"], f"<reasoning>\n{thoughts}\n</reasoning>\n<answer>\n{answer}\n</answer>"
     if {"question", "reply"} <= row.keys():
         return row["question"], row["reply"]
-    raise UserError(f"{source}: needs columns question, thinking_trajectories, attempt (s1K) or question, reply; has {', '.join(row)}")
+    needed = "question, thinking_trajectories, attempt (s1K) or question, reply"
+    raise UserError(f"{source}: needs columns {needed}; has {', '.join(row)}")
 
 
 def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
-    """The problems of a split. A file given for training is split by a hash of each problem; with --eval_only it is all test."""
+    """The problems of a split. A file to train on is split by a hash of each row; with --eval_only all is test."""
     source = cfg.data or ("" if cfg.preset == "tiny" else task.hub)
     if not source:
         draws = -(-cfg.steps_rl // cfg.mu) * cfg.grad_accum * (cfg.bs_rl // cfg.group)
@@ -2044,8 +2072,9 @@ def run_benchmark(cfg: Settings, screen: Screen, out: Path) -> list[dict]:
     model, tokenizer = open_model(cfg, screen)
     stages = list(read_json(Path(cfg.model, "d1_state.json")).get("stages", []))
     test = problems_of(cfg, task, "test")
-    if cfg.data and cfg.preset == "tiny" and (seen := task.seen(test)) is not None:
-        screen.say(f"{cfg.data}: {len(test)} problems; {seen} of them share {task.shared} with the embedded training split")
+    if cfg.data:
+        seen = sum(task.split(e) == "train" for e in test)
+        screen.say(f"{cfg.data}: {len(test)} problems; {seen} of them {task.overlap} in the embedded training split")
     look = functools.partial(evaluate_all, model, tokenizer, task, test, cfg, out=out, screen=screen)
     if cfg.eval_only:
         return look(row=row_name(stages))
@@ -2054,26 +2083,30 @@ def run_benchmark(cfg: Settings, screen: Screen, out: Path) -> list[dict]:
         stages = ["sft"]
     entries = [] if cfg.skip_eval else look(row=row_name(stages))
     stages = [s for s in stages if s != "diffu_grpo"] + ["diffu_grpo"]
-    check = functools.partial(heldout_accuracy, tokenizer=tokenizer, task=task, examples=problems_of(cfg, task, "heldout")[:128], cfg=cfg)
-    reward = lambda texts, examples: [task.rewards(t, e, cfg.preset == "official") for t, e in zip(texts, examples, strict=True)]  # noqa: E731
+    heldout = problems_of(cfg, task, "heldout")[:128]
+
+    def check(model) -> float:
+        records = generate(model, tokenizer, task, heldout, cfg, cfg.gen_length)
+        return sum(grade_generation(task.name, r).correct for _, r in records) / len(heldout)
+
+    def reward(texts, examples):
+        return [task.rewards(t, e, cfg.preset == "official") for t, e in zip(texts, examples, strict=True)]
+
     stage = DiffuGRPO(model, tokenizer, problems_of(cfg, task, "train"), task.messages, reward, cfg, out, check)
     run_stage(stage, stages, cfg, screen)
     return entries + ([] if cfg.skip_eval else look(row=row_name(stages)))
-
-
-def heldout_accuracy(model, tokenizer, task: Task, examples: list[dict], cfg: Settings) -> float:
-    """Share of held-out problems solved greedily at gen_length."""
-    records = generate(model, tokenizer, task, examples, cfg, cfg.gen_length)
-    return sum(grade_generation(task.name, r).correct for _, r in records) / len(examples)
 
 
 def open_model(cfg: Settings, screen: Screen):
     """Load model and tokenizer as the settings say, and print what came."""
     lora = (cfg.lora_r, cfg.lora_alpha) if cfg.use_lora else None
     model, tokenizer = load_model(cfg.model, lora=lora, load_4bit=cfg.load_4bit, attn=cfg.attn, seed=cfg.seed)
-    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (False, True))
-    screen.say(f"model {cfg.model}: {total:,} parameters, {trained:,} trained; mask {tokenizer.mask_token_id}, EOS {tokenizer.eos_token_id}; "
-               f"{next(model.parameters()).device}, {torch.get_num_threads()} threads; preset {cfg.preset}, seed {cfg.seed}")  # fmt: skip
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    ids = f"mask {tokenizer.mask_token_id}, EOS {tokenizer.eos_token_id}, pad {tokenizer.pad_token_id}"
+    machine = f"{next(model.parameters()).device}, {torch.get_num_threads()} CPU threads"
+    screen.say(f"model {cfg.model}: {total:,} parameters, {trained:,} trained; {ids}")
+    screen.say(f"preset {cfg.preset}, seed {cfg.seed}; {machine}")
     return model, tokenizer
 
 
@@ -2081,13 +2114,16 @@ def run_sft_only(cfg: Settings, screen: Screen, out: Path) -> list[dict]:
     """Stage 1 on all tasks' traces, one checkpoint."""
     prepare_folder(cfg, out, screen)
     model, tokenizer = open_model(cfg, screen)
-    run_stage(MaskedSFT(model, tokenizer, sft_rows(cfg, tokenizer, list(TASKS.values())), cfg, out), ["sft"], cfg, screen)
+    rows = sft_rows(cfg, tokenizer, list(TASKS.values()))
+    run_stage(MaskedSFT(model, tokenizer, rows, cfg, out), ["sft"], cfg, screen)
     return [] if cfg.skip_eval else evaluate_tasks(cfg, model, tokenizer, "sft", screen, out)
 
 
 def evaluate_tasks(cfg: Settings, model, tokenizer, row: str, screen: Screen, out: Path) -> list[dict]:
     """All four benchmarks at all lengths."""
-    return [e for t in TASKS.values() for e in evaluate_all(model, tokenizer, t, problems_of(cfg, t, "test"), cfg, row, out, screen)]
+    tests = {name: problems_of(cfg, task, "test") for name, task in TASKS.items()}
+    done = [evaluate_all(model, tokenizer, TASKS[t], rows, cfg, row, out, screen) for t, rows in tests.items()]
+    return list(itertools.chain(*done))
 
 
 def run_table1(cfg: Settings, given: dict, screen: Screen, out: Path) -> list[dict]:
@@ -2107,11 +2143,12 @@ def run_table1(cfg: Settings, given: dict, screen: Screen, out: Path) -> list[di
         folder.mkdir(parents=True, exist_ok=True)
         return evaluate_tasks(cfg, *open_model(cfg, screen), "base", screen, folder)
 
-    entries = part("base", base) + part("sft", lambda folder: run_sft_only(sub("sft_only", skip_eval=False), screen, folder))
+    sft = sub("sft_only", skip_eval=False)
+    entries = part("base", base) + part("sft", lambda folder: run_sft_only(sft, screen, folder))
     for task in TASKS:
         for row, model in (("diffu_grpo", cfg.model), ("d1", str(out / "sft"))):
-            flags = dict(model=model, skip_sft=True, preset=cfg.preset)
-            done = part(f"{task}_{row}", lambda folder, task=task, flags=flags: run_benchmark(sub(task, **flags), screen, folder))
+            rl = sub(task, model=model, skip_sft=True, preset=cfg.preset)
+            done = part(f"{task}_{row}", lambda folder, rl=rl: run_benchmark(rl, screen, folder))
             entries += [e for e in done if e["row"] == row]
     write_json(out / "eval.json", entries)
     return sorted(entries, key=lambda e: (list(TASKS).index(e["task"]), list(ROW_TITLES).index(e["row"])))
@@ -2128,10 +2165,13 @@ def count_parameters(cfg: Settings) -> tuple[int, int, Any]:
         name = read_json(Path(name, "adapter_config.json")).get("base_model_name_or_path", name)
         raw = read_config(name)
         with torch.device("meta"):
-            is_llada = raw.get("model_type") == "llada"
-            model = LlamaForCausalLM(llada_config(raw)) if is_llada else AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+            if raw.get("model_type") == "llada":
+                model = LlamaForCausalLM(llada_config(raw))
+            else:
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
     total = sum(p.numel() for p in model.parameters())
-    linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     trained = sum(cfg.lora_r * (m.in_features + m.out_features) for m in linear) if cfg.use_lora else total
     return total, trained, model.config
 
@@ -2148,7 +2188,8 @@ def plan(cfg: Settings) -> list[tuple[str, str]]:
     forwards = {
         "SFT: forward + backward passes": (cfg.steps_sft * sft, cfg.bs_sft * cfg.sft_length, 6),
         "RL rollouts: forward passes": (batches * steps * cfg.grad_accum * rl, cfg.bs_rl * row, 2),
-        "RL old and reference: forward passes": (batches * cfg.mu * (1 + (cfg.beta > 0)) * cfg.grad_accum * rl, cfg.bs_rl * row, 2),
+        "RL old and reference: forward passes": (batches * cfg.mu * (2 if cfg.beta else 1) * cfg.grad_accum * rl,
+                                                 cfg.bs_rl * row, 2),
         "RL updates: forward + backward passes": (cfg.steps_rl * cfg.grad_accum * rl, cfg.bs_rl * row, 6),
     }
     lines = [("parameters, of which trained", f"{total:,}, {trained:,}")]
@@ -2206,7 +2247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"d1_full.py: error: {e}", file=sys.stderr)
         return 2
     except NonFiniteLoss as e:
-        print(f"d1_full.py: stopped: {e}. The last checkpoint is as it was; try a smaller learning rate.", file=sys.stderr)
+        print(f"d1_full.py: stopped: {e}. The last checkpoint is kept; try a lower learning rate.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("d1_full.py: stopped by Ctrl-C; --resume continues from the last checkpoint", file=sys.stderr)
