@@ -521,7 +521,7 @@ def llada_config(raw: dict):
         num_attention_heads=raw["n_heads"], num_key_value_heads=raw.get("n_kv_heads") or raw["n_heads"],
         rms_norm_eps=raw["rms_norm_eps"], max_position_embeddings=raw["max_sequence_length"],
         rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]}, tie_word_embeddings=False,
-        eos_token_id=raw.get("eos_token_id"), pad_token_id=raw.get("pad_token_id"), is_causal=False,
+        eos_token_id=raw.get("eos_token_id"), pad_token_id=None, is_causal=False,
         mask_token_id=raw.get("mask_token_id", LLADA_MASK_ID),
     )
 
@@ -532,7 +532,7 @@ def tiny_model(tokenizer, seed: int = 0):
 
     config = LlamaConfig(
         vocab_size=len(tokenizer), max_position_embeddings=2048, tie_word_embeddings=False, is_causal=False,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=None, bos_token_id=None,  # the pad is EOS, which is trained
         mask_token_id=tokenizer.mask_token_id, **TINY_SHAPE,
     )
     with torch.random.fork_rng(devices=[]):  # transformers initialises from the global stream
@@ -623,6 +623,7 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
     else:
         model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, **options)
         model.config.is_causal = False
+    model.get_input_embeddings().padding_idx = None  # else the row of the pad, EOS, is frozen
     reader = PreTrainedTokenizerFast if raw.get("model_type") == "llada" else AutoTokenizer
     tokenizer = reader.from_pretrained(base, trust_remote_code=False)
     if tokenizer.mask_token_id is None:
@@ -1392,7 +1393,8 @@ class MaskedSFT(Stage):
         x0 = torch.full((len(rows), length), self.tokenizer.eos_token_id)
         keep = torch.zeros_like(x0, dtype=torch.bool)
         for i, (ids, prompt_len) in enumerate(rows):
-            x0[i, : len(ids)] = torch.tensor(ids[:length])
+            ids = ids[:length]
+            x0[i, : len(ids)] = torch.tensor(ids)
             keep[i, :prompt_len] = True
         return x0.to(self.device), keep.to(self.device)
 
