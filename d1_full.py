@@ -927,20 +927,26 @@ def split_of(key: str) -> str:
     return "train" if bucket < 0.8 else "heldout" if bucket < 0.88 else "test"
 
 
+def check_source(data: str) -> str:
+    """The data source as it is; UserError if it is neither a file of a known kind nor like a hub id."""
+    known = Path(data).suffix in (".jsonl", ".json", ".csv", ".parquet")
+    if not (Path(data).is_file() if known or data.count("/") != 1 else not Path(data).exists()):
+        raise UserError(f"no data file {data}: give a .jsonl, .json, .csv or .parquet file, or a hub id owner/name")
+    return data
+
+
 def read_rows(data: str, split: str) -> list[dict]:
     """Rows of a local JSONL, JSON, CSV or Parquet file, or of a hub data set's split."""
     import datasets
 
-    path, kinds = Path(data), {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    path, kinds = Path(check_source(data)), {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
     try:
-        if path.suffix == ".csv" and path.is_file():  # every column as text: a puzzle's leading zeros are digits
+        if path.suffix == ".csv":  # every column as text: a puzzle's leading zeros are digits
             with path.open(newline="", encoding="utf-8") as f:
                 return list(csv.DictReader(f))
-        if path.is_file() and path.suffix in kinds:
+        if path.suffix in kinds:
             with tempfile.TemporaryDirectory() as cache:  # nothing is left behind, nothing stale is read
                 return list(datasets.load_dataset(kinds[path.suffix], data_files=data, split="train", cache_dir=cache))
-        if path.exists() or path.suffix or data.count("/") != 1:
-            raise UserError(f"no data file {data}: give a .jsonl, .json, .csv or .parquet file, or a hub id owner/name")
         return list(datasets.load_dataset(data, split="test" if split == "test" else "train"))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
         raise UserError(f"cannot read {data}: {str(e).splitlines()[0]}; without a network give a local file") from e
@@ -1061,7 +1067,7 @@ class Countdown(Task):
         while True:
             numbers = [rng.randint(1, 9) for _ in range(3)]
             middle, target = self.steps(*numbers, rng.choice("+-*"), rng.choice("+-*"))
-            if middle > 0 and 0 < target < 100:
+            if middle > 0 and 0 < target <= 30:
                 return {"numbers": numbers, "target": target}
 
     @staticmethod
@@ -1754,8 +1760,8 @@ class Screen:
     def __init__(self):
         from rich.console import Console
 
-        self.console = Console(highlight=False, soft_wrap=True)
-        self.live = self.console.is_terminal
+        self.live = sys.stdout.isatty()
+        self.console = Console(highlight=False, soft_wrap=True, width=None if self.live else 160)
         self.bar = None
 
     def say(self, text: str) -> None:
@@ -1995,6 +2001,8 @@ def validate(cfg: Settings) -> None:
         raise UserError("--load_4bit weights cannot be trained: add --use_lora")
     if cfg.model != "tiny":
         resolve_checkpoint(cfg.model)
+    for source in filter(None, (cfg.data, cfg.sft_data)):
+        check_source(source)
 
 
 CAREFUL = 0.4  # share of generated demonstrations by the careful solver; the rest is careless
@@ -2085,7 +2093,7 @@ def run_benchmark(cfg: Settings, screen: Screen, out: Path) -> list[dict]:
         stages = ["sft"]
     entries = [] if cfg.skip_eval else look(row=row_name(stages))
     stages = [s for s in stages if s != "diffu_grpo"] + ["diffu_grpo"]
-    heldout = problems_of(cfg, task, "heldout")[:128]
+    heldout = problems_of(cfg, task, "heldout")[: cfg.limit or 128]
 
     def check(model) -> float:
         records = generate(model, tokenizer, task, heldout, cfg, cfg.gen_length)

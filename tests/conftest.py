@@ -39,7 +39,7 @@ def quick(tmp_path):
     """quick(task, **settings) -> Settings for a run of seconds in a folder of its own."""
 
     def make(task="sudoku", **changes):
-        small = dict(steps_sft=6, bs_sft=4, n_traces=40, steps_rl=4, mu=2, group=2, bs_rl=4, limit=4, bs_eval=4,
+        small = dict(steps_sft=6, bs_sft=4, n_traces=40, steps_rl=4, mu=2, group=2, bs_rl=4, limit=4, bs_eval=64,
                      eval_lengths="32", save_steps=2, threads=1, warmup_sft=2, output_dir=str(tmp_path))
         flags = {"task": task, **small, **changes}
         return d1.settle({k: (v, "test") for k, v in flags.items()})[0]

@@ -1,0 +1,171 @@
+"""Tasks: generated problems, rewards, both gradings, the tokenizer and the SFT border."""
+
+import json
+import random
+import re
+
+import pytest
+
+import d1_full as d1
+
+GOOD = "<reasoning>\n1+1=2\nso 2\n</reasoning>\n<answer>\n{}\n</answer>"
+
+
+@pytest.mark.parametrize("name", d1.TASKS)
+def test_splits_share_nothing_and_repeat(name):
+    task, sizes = d1.TASKS[name], {"train": 300, "heldout": 100, "test": 100}
+    keys = {split: {task.key(e) for e in task.examples(split, n)} for split, n in sizes.items()}
+    assert sum(map(len, keys.values())) == len(set().union(*keys.values())) > 50
+    assert task.examples("test", 9) == task.examples("test", 9) != task.examples("test", 9, seed=1)
+
+
+@pytest.mark.parametrize("name", d1.TASKS)
+def test_careful_demonstrations_are_right_and_careless_ones_mostly_wrong(name):
+    task, rng = d1.TASKS[name], random.Random(0)
+    examples = task.examples("train", 150)
+    careful = [task.demonstrate(e, rng, True) for e in examples]
+    careless = [task.demonstrate(e, rng, False) for e in examples]
+    assert all(task.grade(t, e).correct for t, e in zip(careful, examples, strict=True))
+    assert sum(task.grade(t, e).correct for t, e in zip(careless, examples, strict=True)) < 45
+
+    def pay(texts):
+        return sum(sum(task.rewards(t, e).values()) for t, e in zip(texts, examples, strict=True))
+
+    assert pay(careful) > 1.3 * pay(careless)
+
+
+@pytest.mark.parametrize("name", d1.TASKS)
+@pytest.mark.parametrize("mode", ["strict", "official"])
+def test_records_are_graded_like_replies(name, mode):
+    task, rng = d1.TASKS[name], random.Random(1)
+    for example in task.examples("test", 20):
+        text = task.demonstrate(example, rng, True)
+        row = {"question": task.question(example), "generations": text, "ground_truth": task.ground_truth(example)}
+        row = json.loads(json.dumps(row))
+        assert d1.grade_generation(name, row, mode).correct
+        assert not d1.grade_generation(name, row | {"generations": "<answer>\nno\n</answer>"}, mode).correct
+
+
+def test_all_288_grids_and_one_solution_each():
+    grids = d1.sudoku_grids()
+    assert len(set(grids)) == 288
+    for e in d1.TASKS["sudoku"].examples("test", 30):
+        fits = [g for g in grids if all(p in ("0", c) for p, c in zip(e["puzzle"], g, strict=True))]
+        assert fits == [e["solution"]] and e["puzzle"].count("0") == 8
+
+
+def test_sudoku_reports_cells_and_puzzles():
+    e = {"puzzle": "0142243142131320", "solution": "3142243142131324"}
+    half = d1.TASKS["sudoku"].grade(GOOD.format("3142243142131321"), e)
+    assert (half.correct, half.score) == (False, 0.5)
+    assert d1.TASKS["sudoku"].grade(GOOD.format("3142 2431\n4213 1324"), e).correct
+
+
+@pytest.mark.parametrize("text,want", [
+    ("3*50-7", True), ("(50*3) - 7", True), ("3×50-7", True), ("3\\times 50-7", True), ("7+50*3", False),
+    ("3*50", None), ("3*50-7-7", None), ("9**9**9", None), ("3*50-7; import os", None), ("(" * 5000, None),
+    ("__import__('os')", None), ("3*50-" + "7" * 100000, None), ("", None), (None, None), ("3/(50-50)-7", None),
+    ("-" * 200 + "3*50-7", True), ("３*50-7", True),
+])
+def test_countdown_expressions(text, want):
+    assert d1.reaches(text, {"numbers": [3, 7, 50], "target": 143}) is want
+
+
+def test_countdown_is_exact_where_floats_are_not():
+    assert d1.arithmetic("1/3*3") == 1 and d1.arithmetic("9**9**9") is None
+    assert d1.reaches("1/3-1", {"numbers": [1, 1, 3], "target": -0.6666667}) is False
+
+
+def test_rewards_set_right():
+    gsm8k, example = d1.TASKS["gsm8k"], {"question": "", "answer": "1234"}
+    several_lines = gsm8k.rewards(GOOD.format("1,234"), example)  # [D10] [D14]
+    assert several_lines == {"correctness": 2.0, "int": 0.5, "strict_format": 0.5, "soft_format": 0.5,
+                             "xmlcount": pytest.approx(0.5, abs=0.1)}
+    official = gsm8k.rewards(GOOD.format("1,234"), example, official=True)
+    assert (official["correctness"], official["int"], official["strict_format"]) == (0.0, 0.0, 0.0)
+    count = d1.TASKS["count"]
+    e = {"numbers": [3, 7, 50], "target": 143}
+    for text, ours, theirs in (("3*50-7", 1.0, 1.0), ("3+50-7", 0.1, 0.1), ("12", 0.0, 0.1)):  # [D11]
+        assert count.rewards(GOOD.format(text), e) == {"countdown": ours}
+        assert count.rewards(GOOD.format(text), e, official=True) == {"countdown": theirs}
+    math = d1.TASKS["math500"].rewards(GOOD.format("\\boxed{7}"), {"problem": "", "answer": "7"})  # [D12]
+    assert math == {"correctness": 2.0, "boxed_and_answer_tags": 1.0}
+
+
+@pytest.mark.parametrize("text,want", [
+    ("72", 72), ("1,234", 1234), ("$1,234.50", 1234.5), ("-3", -3), ("50%", 50), ("72.", 72), ("７２", 72),
+    ("1,23", None), ("7 2", None), ("", None), (None, None), ("1e5", None), ("$", None), ("9" * 100, None),
+])
+def test_numbers_as_people_write_them(text, want):
+    assert d1.parse_number(text) == want
+
+
+def test_hostile_text_is_read_in_time():
+    example = {"gsm8k": {"answer": "7"}, "math500": {"answer": "7"}, "count": {"numbers": [1, 2, 3], "target": 6},
+               "sudoku": {"puzzle": "0142243142131324", "solution": "3142243142131324"}}
+    for text in ("", "<answer>", "</answer><answer>", "\\boxed{" * 3000, "<answer>" * 3000, "9" * 99999, "\ud800"):
+        for name, task in d1.TASKS.items():
+            for official in (False, True):
+                assert all(isinstance(v, float | int) for v in task.rewards(text, example[name], official).values())
+            assert not task.grade(text, example[name]).correct
+
+
+def test_data_files_in_their_published_formats(tmp_path):
+    files = {
+        "gsm8k": ("a.jsonl", json.dumps({"question": "q", "answer": "work\n#### 1,072"}),
+                  {"question": "q", "answer": "1072"}),
+        "math500": ("a.jsonl", json.dumps({"problem": "p", "answer": "so $\\boxed{\\frac12}$"}),
+                    {"problem": "p", "answer": "\\frac12"}),
+        "count": ("a.jsonl", json.dumps({"input": "30,100,93", "output": "23"}),
+                  {"numbers": [30, 100, 93], "target": 23}),
+        "sudoku": ("a.csv", "Puzzle,Solution\n0102200002100320,3142243142131324",
+                   {"puzzle": "0102200002100320", "solution": "3142243142131324"}),
+    }
+    for name, (file, text, want) in files.items():
+        (tmp_path / file).write_text(text + "\n")
+        assert d1.TASKS[name].examples("test", data=str(tmp_path / file)) == [want]
+    with pytest.raises(d1.UserError, match="not a sudoku problem"):
+        (tmp_path / "b.jsonl").write_text('{"x": 1}\n')
+        d1.TASKS["sudoku"].examples("test", data=str(tmp_path / "b.jsonl"))
+    for missing in ("no.csv", "no.jsonl", "folder"):
+        with pytest.raises(d1.UserError, match="no data file"):
+            d1.TASKS["sudoku"].examples("test", data=missing)
+
+
+def test_tokenizer_round_trip_and_short_prompts(tiny):
+    tok = tiny[1]
+    for text in ("Any text: é, 中, \t\n<answer>\n7\n</answer>", GOOD.format(7), d1.SYSTEM):
+        assert tok.decode(tok(text)["input_ids"]) == text
+    for task in d1.TASKS.values():
+        example = task.examples("test", 1)[0]
+        assert len(d1.encode_prompt(tok, task.messages(example))) <= 24  # an instruction is one token
+
+
+def test_the_border_of_prompt_and_reply_is_exact(tiny):
+    tok = tiny[1]
+    task = d1.TASKS["count"]
+    example = task.examples("test", 1)[0]
+    reply = task.demonstrate(example, random.Random(0), True)
+    ids, n = d1.encode_example(tok, task.messages(example), reply)
+    assert ids[:n] == d1.encode_prompt(tok, task.messages(example))
+    assert ids[-1] == tok.eos_token_id and tok.decode(ids[n:-1]) == reply
+
+
+def test_replies_end_at_their_first_eos(tiny):
+    import torch
+
+    tok = tiny[1]
+    rows = [tok("ab")["input_ids"] + [tok.eos_token_id] + tok("c")["input_ids"], tok("abcd")["input_ids"]]
+    assert d1.reply_texts(tok, torch.tensor(rows)) == ["ab", "abcd"]
+
+
+def test_wilson_interval_by_hand():
+    low, high = d1.wilson(8, 10)  # (8 + 1.92 -+ 1.96 sqrt(1.6 + .9604)) / 13.84
+    assert low == pytest.approx(0.4902, abs=2e-4) and high == pytest.approx(0.9433, abs=2e-4)
+    assert d1.wilson(0, 10)[0] == 0 and d1.wilson(10, 10)[1] == 1
+
+
+def test_no_eval_in_the_file():
+    from pathlib import Path
+
+    assert not re.search(r"(?<![\w.])(eval|exec)\(", Path(d1.__file__).read_text())
