@@ -123,7 +123,7 @@ class Settings:
     output_dir: str = opt("ckpt", "results go to OUTPUT_DIR/<sft or task>/")
     seed: int = opt(42, "seeds every random stream of the run", "official train.yaml", tiny=0, low=0)
     data: str = opt("", "benchmark problems: a local .jsonl, .json, .csv or .parquet, or a hub id")
-    sft_data: str = opt("", "SFT traces: a local file or hub id", "Sec. 4", official="", tiny="")
+    sft_data: str = opt("simplescaling/s1K", "SFT traces: a local file or hub id", "Sec. 4", tiny="")
     skip_sft: bool = opt(False, "go straight to stage 2")
     skip_eval: bool = opt(False, "train only")
     eval_only: bool = opt(False, "evaluate --model on --task and stop")
@@ -132,23 +132,26 @@ class Settings:
     debug: bool = opt(False, "show the traceback of an error")
     # the model
     use_lora: bool = opt(False, "train LoRA adapters instead of all weights")
-    lora_r: int = opt(128, "LoRA rank", "App. D (SFT v1: 8)", low=1)
-    lora_alpha: int = opt(64, "LoRA alpha", "App. D (SFT official: 256)", low=1)
+    lora_r: int = opt({"sft_only": 8, "*": 128}, "LoRA rank", "App. D, SFT as in v1", official=128, low=1)
+    lora_alpha: int = opt({"sft_only": 16, "*": 64}, "LoRA alpha", "App. D, SFT as in v1",
+                          official={"sft_only": 256, "*": 64}, low=1)
     load_4bit: bool = opt(False, "NF4 base weights, double quantisation, bf16 compute", "App. D")
     attn: str = opt("auto", "attention kernel", choices=("auto", "sdpa", "flash_attention_2", "eager"))
-    threads: int = opt(0, "CPU threads; 0 = one per core that this process may use", low=0)
+    threads: int = opt(0, "CPU threads; 0 = one per core, at most 8", low=0)
     # stage 1: masked SFT
-    steps_sft: int = opt(2460, "SFT updates", "App. D.2: 20 epochs of s1K", tiny={"sft_only": 3000, "*": 2000}, low=0)
-    bs_sft: int = opt(8, "rows per SFT update", "App. D.2", tiny=64, low=1)
-    lr_sft: float = opt(1e-5, "peak learning rate, then linear decay to 0", "App. D.2", tiny=2e-3, low=0.0)
+    steps_sft: int = opt(2460, "SFT updates", "App. D.2: 20 epochs of s1K",
+                         tiny={"sft_only": 9000, "count": 7000, "*": 4000}, low=0)
+    bs_sft: int = opt(8, "rows per SFT update", "App. D.2", tiny=32, low=1)
+    lr_sft: float = opt(1e-5, "peak learning rate, then linear decay to 0", "App. D.2", tiny=1.5e-3, low=0.0)
     warmup_sft: int = opt(0, "steps of linear warm-up", "App. D.2", tiny=100, low=0)
     wd_sft: float = opt(0.1, "AdamW weight decay", "App. D.2", low=0.0)
     clip_sft: float = opt(1.0, "gradient norm limit", "App. D.2", low=0.0)
-    sft_length: int = opt(4096, "rows are padded with EOS to this length or cut", "App. D.2", tiny=56, low=8)
+    sft_length: int = opt(4096, "rows are padded with EOS to this length or cut", "App. D.2",
+                          tiny={"count": 45, "*": 53}, low=8)
     sft_extra: int = opt(0, "one SFT batch in five is up to this much longer, to know longer canvases", tiny=64, low=0)
     n_traces: int = opt(8000, "generated traces a task in the tiny model's SFT corpus", low=1)
     # stage 2: diffu-GRPO
-    steps_rl: int = opt(STEPS_RL, "gradient updates", "authors, d1 issue 25", tiny=160, low=0)
+    steps_rl: int = opt(STEPS_RL, "gradient updates", "authors, d1 issue 25", tiny={"count": 400, "*": 240}, low=0)
     group: int = opt(6, "G, completions drawn per prompt", "Sec. 4", tiny=8, low=2)
     bs_rl: int = opt(6, "completions per device and backward pass, a multiple of G", "App. D", tiny=64, low=2)
     grad_accum: int = opt(2, "backward passes per update", "App. D", tiny=1, low=1)
@@ -172,7 +175,7 @@ class Settings:
     eval_lengths: str = opt("128,256,512", "evaluation lengths; greedy, length/2 steps", "Sec. 4", tiny="32,64,96")
     limit: int = opt(256, "test problems to evaluate; 0 = all", "App. D for count and sudoku", low=0)
     bs_eval: int = opt(8, "rows decoded at once", tiny=128, low=1)
-    save_steps: int = opt(100, "updates between checkpoints and held-out checks", "official train.yaml", tiny=40, low=1)
+    save_steps: int = opt(100, "updates between checkpoints and held-out checks", "official train.yaml", tiny=80, low=1)
 # %% 3. Forward process — Sec. 2, q(x_t | x_0) with the linear schedule alpha_t = 1 - t
 def draw_uniform(shape: Sequence[int], generator: torch.Generator, device) -> Tensor:
     """Uniform [0, 1) drawn where the generator lives, so a seed means the same on CPU and GPU."""
@@ -540,7 +543,7 @@ def tiny_model(tokenizer, seed: int = 0):
         return LlamaForCausalLM(config)
 
 
-def adapt_with_lora(model, r: int, alpha: int, trainable: bool = True):
+def adapt_with_lora(model, r: int, alpha: int):
     """Wrap a model in LoRA on every linear layer of its blocks. Raises UserError if there is none."""
     from peft import LoraConfig, get_peft_model
 
@@ -1356,12 +1359,15 @@ class Stage:
             due = due or self.step % self.cfg.save_steps == 0
             if self.step == self.total or (due and self.at_boundary()):
                 due = False
-                self.check(screen)
+                figures = self.check(screen)
+                append_jsonl(self.out / "metrics.jsonl", {"stage": self.name, "step": self.step, **figures})
+                screen.advance(figures, 0)
                 save_trainer(self)
         screen.stop()
 
-    def check(self, screen: Screen) -> None:
-        """A look at held-out data before a checkpoint."""
+    def check(self, screen: Screen) -> dict[str, float]:
+        """Figures on held-out data, taken before each checkpoint."""
+        raise TypeError("a subclass defines check")
 
 
 class MaskedSFT(Stage):
@@ -1422,15 +1428,13 @@ class MaskedSFT(Stage):
         return {"loss": loss.item(), **{k: v.item() for k, v in metrics.items()}, "grad_norm": norm, "lr": self.rate()}
 
     @torch.no_grad()
-    def check(self, screen: Screen) -> None:
+    def check(self, screen: Screen) -> dict[str, float]:
         """Held-out loss, with the same masks at every check."""
         self.model.eval()
         size = self.cfg.bs_sft
         parts = [self.heldout[i : i + size] for i in range(0, len(self.heldout), size)]
         losses = [self.nelbo(p, ("sft_check", i))[0].item() * len(p) for i, p in enumerate(parts)]
-        loss = sum(losses) / len(self.heldout)
-        append_jsonl(self.out / "metrics.jsonl", {"stage": "sft", "step": self.step, "heldout_loss": loss})
-        screen.say(f"sft {self.step}: held-out loss {loss:.3f} on {len(self.heldout)} rows")
+        return {"heldout_loss": sum(losses) / len(self.heldout)}
 
 
 @dataclass
@@ -1542,17 +1546,16 @@ class DiffuGRPO(Stage):
             total = {k: total.get(k, 0.0) + v / len(self.batch) for k, v in row.items()}
         return {**total, "grad_norm": self.apply_gradient(), "inner": k}
 
-    def check(self, screen: Screen) -> None:
+    def check(self, screen: Screen) -> dict[str, float]:
         """Score held-out problems; remember the best weights so far."""
-        screen.sample(self.sample)
+        screen.say(f"  sample: {self.sample}")
         if self.heldout is None:
-            return
+            return {}
         # [D18] official picks its best checkpoint on the test set. here: on held-out training data.
         score = self.heldout(self.model)
-        append_jsonl(self.out / "metrics.jsonl", {"stage": self.name, "step": self.step, "heldout_accuracy": score})
-        screen.say(f"diffu_grpo {self.step}: held-out accuracy {100 * score:.1f} %")
         if self.best is None or score >= self.best[0]:
             self.best = (score, self.step, [p.detach().cpu().clone() for p in self.params])
+        return {"heldout_accuracy": score}
 
     @torch.no_grad()
     def restore_best(self, screen: Screen) -> None:
@@ -1768,14 +1771,10 @@ class Screen:
         """One line."""
         (self.bar.console if self.bar else self.console).print(text, markup=False)
 
-    def sample(self, text: str) -> None:
-        """A completion, to see how the model writes."""
-        self.say("  sample: " + text)
-
     def start(self, name: str, total: int, done: int) -> None:
         """Begin a progress bar."""
         self.name, self.total, self.done, self.began, self.said = name, total, done, time.monotonic(), time.monotonic()
-        self.first = done
+        self.first, self.shown = done, {}
         if self.live:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -1786,10 +1785,11 @@ class Screen:
             self.bar.start()
 
     def advance(self, metrics: dict, n: int = 1) -> None:
-        """Count n more, and show the loss, or the reward and KL."""
+        """Count n more, and show the loss, or the reward and KL, and the last held-out figure."""
         self.done += n
-        names = ("reward", "kl", "length") if "reward" in metrics else ("loss", "accuracy")
-        note = "  ".join(f"{k} {metrics[k]:.3f}" for k in names if k in metrics)
+        self.shown |= metrics
+        names = ("reward", "kl", "heldout_accuracy") if "reward" in self.shown else ("loss", "heldout_loss")
+        note = "  ".join(f"{k} {self.shown[k]:.3f}" for k in names if k in self.shown)
         if self.bar:
             self.bar.update(self.handle, advance=n, note=note)
         elif time.monotonic() - self.said > 15:
@@ -2232,7 +2232,7 @@ def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
 
 def run(cfg: Settings, given: dict, screen: Screen) -> None:
     """Do the task and show its results."""
-    torch.set_num_threads(cfg.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cfg.threads or min(torch.get_num_threads(), 8))
     began, out = time.monotonic(), Path(cfg.output_dir) / {"sft_only": "sft"}.get(cfg.task, cfg.task)
     if cfg.task == "table1":
         entries = run_table1(cfg, given, screen, out)
