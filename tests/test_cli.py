@@ -127,7 +127,8 @@ def test_a_non_finite_loss_ends_with_status_1(tmp_path, capsys):
     ("--task sudoku --mu three", "--mu"), ("--task sudoku --config none.yaml", "none.yaml"),
     ("--task sft_only --eval_only", "benchmark"), ("--task sudoku --model ./nowhere", "no such folder"),
     ("--task sudoku --load_4bit", "--use_lora"), ("--task sft_only --skip_sft", "nothing to do"),
-    ("--task sudoku --lr_rl inf", "finite"), ("--task sudoku --data no.csv --eval_only", "no data file"),
+    ("--task sudoku --resume", "nothing to resume"), ("--task sudoku --lr_rl inf", "finite"),
+    ("--task sudoku --data no.csv --eval_only", "no data file"),
 ])
 def test_wrong_input_is_one_line_and_status_2(flags, word, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
