@@ -48,12 +48,33 @@ def test_default_is_two_tokens_a_step():
     assert [int(f.new[0].sum()) for f in frames] == [2, 2, 2, 2]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_a_padded_batch_equals_each_prompt_alone(tiny, temperature):
-    model, tok = copy.deepcopy(tiny[0]), tiny[1]
-    with torch.no_grad():  # at its first weights, attention hardly matters
+@pytest.fixture(scope="module")
+def loud(tiny):
+    """The tiny model with larger weights: at its first ones, attention hardly matters."""
+    model = copy.deepcopy(tiny[0])
+    with torch.no_grad():
         for p in model.parameters():
             p.mul_(6 if p.ndim > 1 else 1)
+    return model, tiny[1]
+
+
+def test_log_probabilities_do_not_depend_on_padding(loud):
+    model, tok = loud
+    rows = [[5, 6, 7, 8, 9, 10, 11], [20, 21]]
+    ids, real = d1.pad_left(rows, tok.pad_token_id)
+    completion, hide = torch.tensor([[40, 41, 42], [50, 51, 52]]), torch.zeros_like(real)
+    with torch.no_grad():
+        together = d1.one_step_logp(model, ids, completion, hide, tok.mask_token_id, real)
+        ignoring = d1.one_step_logp(model, ids, completion, hide, tok.mask_token_id)
+        for i, row in enumerate(rows):
+            alone = (torch.tensor([row]), completion[i : i + 1], torch.zeros(1, len(row), dtype=torch.bool))
+            assert torch.allclose(together[i], d1.one_step_logp(model, *alone, tok.mask_token_id)[0], atol=1e-4)
+    assert (together[1] - ignoring[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_padded_batch_equals_each_prompt_alone(loud, temperature):
+    model, tok = loud
     rows = [[5, 6, 7, 8, 9, 10, 11], [20, 21], [30, 31, 32, 33]]
     ids, real = d1.pad_left(rows, tok.pad_token_id)
     how = dict(mask_id=tok.mask_token_id, gen_length=16, block_length=8, temperature=temperature)
