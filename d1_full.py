@@ -2081,7 +2081,7 @@ def row_name(stages: Sequence[str]) -> str:
     return "d1" if {"sft", "diffu_grpo"} <= set(stages) else stages[-1] if stages else "base"
 
 
-def run_benchmark(cfg: Settings, screen: Screen, out: Path) -> list[dict]:
+def run_benchmark(cfg: Settings, screen: Screen, out: Path, before: bool = True) -> list[dict]:
     """Stage 1 if needed, evaluation, stage 2, evaluation. Returns the entries of eval.json it made."""
     task = TASKS[cfg.task]
     prepare_folder(cfg, out, screen)
@@ -2097,7 +2097,7 @@ def run_benchmark(cfg: Settings, screen: Screen, out: Path) -> list[dict]:
     if "sft" not in stages and not cfg.skip_sft:
         run_stage(MaskedSFT(model, tokenizer, sft_rows(cfg, tokenizer, [task]), cfg, out), ["sft"], cfg, screen)
         stages = ["sft"]
-    entries = [] if cfg.skip_eval else look(row=row_name(stages))
+    entries = look(row=row_name(stages)) if before and not cfg.skip_eval else []
     stages = [s for s in stages if s != "diffu_grpo"] + ["diffu_grpo"]
     heldout = problems_of(cfg, task, "heldout")[: cfg.limit or 128]
 
@@ -2145,27 +2145,31 @@ def evaluate_tasks(cfg: Settings, model, tokenizer, row: str, screen: Screen, ou
 def run_table1(cfg: Settings, given: dict, screen: Screen, out: Path) -> list[dict]:
     """The paper's Table 1 on the model given: base, +SFT, +diffu-GRPO, d1. Finished parts are not redone."""
     out.mkdir(parents=True, exist_ok=True)
+    wanted = {(t, n) for t in TASKS for n in eval_lengths(cfg)}
 
-    def part(name: str, make: Callable[[Path], list[dict]]) -> list[dict]:
-        path = out / f"{name}.json"
-        if not path.exists():
-            write_json(path, make(out / name))
-        return json.loads(path.read_text())
+    def part(name: str, folder: Path, make: Callable[[], list[dict]]) -> list[dict]:
+        done = json.loads(path.read_text()) if (path := folder / "eval.json").exists() else []
+        kept = [e for e in done if e["row"] == name and not e["data"]]
+        missing = wanted if name in ("base", "sft") else {w for w in wanted if w[0] == folder.name.split("_")[0]}
+        if missing <= {(e["task"], e["gen_length"]) for e in kept}:
+            screen.say(f"{folder}: already done, taken as it is")
+            return kept
+        return [e for e in make() if e["row"] == name]
 
     def sub(task: str, **changes) -> Settings:
         return settle({**given, "task": (task, "table1")} | {k: (v, "table1") for k, v in changes.items()})[0]
 
-    def base(folder: Path) -> list[dict]:
-        folder.mkdir(parents=True, exist_ok=True)
-        return evaluate_tasks(cfg, *open_model(cfg, screen), "base", screen, folder)
+    def base() -> list[dict]:
+        (out / "base").mkdir(exist_ok=True)
+        return evaluate_tasks(cfg, *open_model(cfg, screen), "base", screen, out / "base")
 
-    sft = sub("sft_only", skip_eval=False)
-    entries = part("base", base) + part("sft", lambda folder: run_sft_only(sft, screen, folder))
+    sft = out.parent / "sft"  # where --task sft_only leaves it
+    entries = part("base", out / "base", base)
+    entries += part("sft", sft, lambda: run_sft_only(sub("sft_only", skip_eval=False), screen, sft))
     for task in TASKS:
-        for row, model in (("diffu_grpo", cfg.model), ("d1", str(out / "sft"))):
-            rl = sub(task, model=model, skip_sft=True, preset=cfg.preset)
-            done = part(f"{task}_{row}", lambda folder, rl=rl: run_benchmark(rl, screen, folder))
-            entries += [e for e in done if e["row"] == row]
+        for row, model in (("diffu_grpo", cfg.model), ("d1", str(sft))):
+            rl, folder = sub(task, model=model, skip_sft=True, preset=cfg.preset), out / f"{task}_{row}"
+            entries += part(row, folder, lambda rl=rl, folder=folder: run_benchmark(rl, screen, folder, before=False))
     write_json(out / "eval.json", entries)
     return sorted(entries, key=lambda e: (list(TASKS).index(e["task"]), list(ROW_TITLES).index(e["row"])))
 

@@ -107,7 +107,7 @@ def test_table1(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "+diffu-GRPO" in shown and "gsm8k (stand-in)" in shown and "paper" not in shown
     assert run("--task", "table1", "--eval_lengths", 32, out=tmp_path) == 0  # finished parts are not redone
-    assert "sft 2" not in capsys.readouterr().out
+    assert capsys.readouterr().out.count("already done") == 10
 
 
 def test_a_non_finite_loss_ends_with_status_1(tmp_path, capsys):
