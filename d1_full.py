@@ -114,7 +114,7 @@ STEPS_RL = {"gsm8k": 7700, "math500": 6600, "count": 5000, "sudoku": 3800, "*": 
 
 @dataclass
 class Settings:
-    """Every flag of the command line. `resolve` fills a field from argv, --config or its preset."""
+    """Every flag of the command line. `settle` fills a field from argv, --config or its preset."""
 
     # what to run
     task: str = opt("", "what to run", choices=TASK_CHOICES)
@@ -599,13 +599,6 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
     or (r, alpha). Raises UserError where the model cannot be had. No remote code is ever run.
     """
     import transformers
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        BitsAndBytesConfig,
-        LlamaForCausalLM,
-        PreTrainedTokenizerFast,
-    )
 
     transformers.logging.set_verbosity_error()  # its notes on class names would drown ours
     transformers.logging.disable_progress_bar()
@@ -617,22 +610,22 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
     name = resolve_checkpoint(name)
     adapter = name if Path(name, "adapter_config.json").exists() else None
     base = read_json(Path(name, "adapter_config.json"))["base_model_name_or_path"] if adapter else name
-    if adapter and base == "tiny":
-        raise UserError(f"{name} is an adapter of the random tiny model; train it without --use_lora")
     raw = read_config(base)
     options = dict(dtype=dtype or (torch.bfloat16 if device != "cpu" else "auto"), device_map={"": device})
     options["attn_implementation"] = choose_attention(attn, device)
     if load_4bit:
-        options["quantization_config"] = BitsAndBytesConfig(
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16)
     if raw.get("model_type") == "llada":
-        model = LlamaForCausalLM.from_pretrained(base, config=llada_config(raw), key_mapping=LLADA_KEYS, **options)
+        model = transformers.LlamaForCausalLM.from_pretrained(
+            base, config=llada_config(raw), key_mapping=LLADA_KEYS, **options)
     else:
-        model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, **options)
         model.config.is_causal = False
     model.get_input_embeddings().padding_idx = None  # else the row of the pad, EOS, is frozen
-    reader = PreTrainedTokenizerFast if raw.get("model_type") == "llada" else AutoTokenizer
+    is_llada = raw.get("model_type") == "llada"
+    reader = transformers.PreTrainedTokenizerFast if is_llada else transformers.AutoTokenizer
     tokenizer = reader.from_pretrained(base, trust_remote_code=False)
     if tokenizer.mask_token_id is None:
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(raw.get("mask_token_id", LLADA_MASK_ID))
@@ -1292,14 +1285,14 @@ class Streams:
     def __init__(self, seed: int):
         self.seed = seed
 
-    def torch(self, *key) -> torch.Generator:
+    def generator(self, *key) -> torch.Generator:
         """A torch.Generator that depends on the seed and the key alone."""
         digest = hashlib.sha256(repr((self.seed, *key)).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
     def order(self, name: str, epoch: int, n: int) -> list[int]:
         """The order in which epoch number `epoch` visits n items."""
-        return torch.randperm(n, generator=self.torch(name, epoch)).tolist()
+        return torch.randperm(n, generator=self.generator(name, epoch)).tolist()
 
 
 class Stage:
@@ -1417,7 +1410,7 @@ class MaskedSFT(Stage):
 
     def nelbo(self, rows, key) -> tuple[Tensor, dict]:
         """Algorithm 2: mask the replies at random levels, predict what was hidden, weigh by 1/t."""
-        generator = self.streams.torch(*key)
+        generator = self.streams.generator(*key)
         longer, extra = draw_uniform((2,), generator, "cpu").tolist()
         length = self.cfg.sft_length + int(extra * (self.cfg.sft_extra + 1)) * (longer < 0.2)
         x0, keep = self.collate(rows, length)  # (B, L)
@@ -1509,7 +1502,7 @@ class DiffuGRPO(Stage):
             self.model, prompt, mask_id=tok.mask_token_id, attention_mask=real, gen_length=cfg.gen_length,
             block_length=cfg.block_length, steps=cfg.diffusion_steps or None, temperature=cfg.temperature,
             eos_id=tok.eos_token_id, stop_at_eos=True,
-            generator=[self.streams.torch("rollout", first_row + i) for i in range(len(examples))],
+            generator=[self.streams.generator("rollout", first_row + i) for i in range(len(examples))],
         )
         completion = ids[:, prompt.shape[1] :]  # (B, C)
         texts = reply_texts(tok, completion)
@@ -1519,7 +1512,7 @@ class DiffuGRPO(Stage):
         self.sample = f"{question} -> {texts[0]!r} (reward {rewards[0]:.2f})"
         # [D2] official, with accumulation 2, meets 6 of its 12 masks twice (diffu_grpo_trainer.py:96,
         #      373). here: mu masks, each from a stream of its own.
-        streams = [self.streams.torch("hide", batch, micro, k) for k in range(cfg.mu)]
+        streams = [self.streams.generator("hide", batch, micro, k) for k in range(cfg.mu)]
         hide = [draw_prompt_mask(real, cfg.pmask, stream) for stream in streams]
         # [D9] official runs all mu masks of old and ref in one forward, 7.7 GiB of logits at 8B.
         #      here: one mask at a time, the same numbers.
@@ -1547,8 +1540,8 @@ class DiffuGRPO(Stage):
             spread = r.rewards.view(-1, self.cfg.group).std(1)  # (B/G,)
             length = r.live.sum(1).float().mean()
             row = {"loss": loss, "reward": r.rewards.mean(), "reward_std": spread.mean(), "length": length, **metrics}
-            row = {k: float(v.detach()) for k, v in row.items()} | {f"reward/{k}": v for k, v in r.parts.items()}
-            total = {k: total.get(k, 0.0) + v / len(self.batch) for k, v in row.items()}
+            row = {n: float(v.detach()) for n, v in row.items()} | {f"reward/{n}": v for n, v in r.parts.items()}
+            total = {n: total.get(n, 0.0) + v / len(self.batch) for n, v in row.items()}
         return {**total, "grad_norm": self.apply_gradient(), "inner": k}
 
     def check(self, screen: Screen) -> dict[str, float]:
@@ -1715,6 +1708,8 @@ def append_jsonl(path: Path, row: dict) -> None:
 def save_trainer(stage: Stage) -> None:
     """trainer/<stage>.pt: all that a resumed run needs, in one file: weights, optimizer, step, best."""
     weights = [p.detach() for p in stage.params]
+    if not all(bool(torch.isfinite(w).all()) for w in weights):  # never overwrite a good checkpoint with a broken one
+        raise NonFiniteLoss(f"{stage.name} step {stage.step}: the weights are no longer finite")
     state = dict(step=stage.step, weights=weights, optimizer=stage.optimizer.state_dict(), best=stage.best)
     write_whole(stage.out / "trainer" / f"{stage.name}.pt", lambda part: torch.save(state, part))
 
@@ -2003,6 +1998,8 @@ def validate(cfg: Settings) -> None:
         raise UserError(f"--eval_only needs a benchmark: --task {', '.join(RL_TASKS)}")
     if cfg.task == "sft_only" and cfg.skip_sft:
         raise UserError("--task sft_only and --skip_sft leave nothing to do")
+    if cfg.model == "tiny" and (cfg.use_lora or cfg.load_4bit):
+        raise UserError("--model tiny starts from random weights: train it without --use_lora and --load_4bit first")
     if cfg.load_4bit and not cfg.use_lora and not cfg.eval_only:
         raise UserError("--load_4bit weights cannot be trained: add --use_lora")
     if cfg.model != "tiny":
@@ -2269,10 +2266,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             dry_run(cfg, origin, screen)
         else:
             run(cfg, given, screen)
-    except UserError as e:
-        print(f"d1_full.py: error: {e}", file=sys.stderr)
-        return 2
-    except NonFiniteLoss as e:
+    except (UserError, NonFiniteLoss) as e:
+        if "--debug" in (sys.argv if argv is None else argv):
+            raise
+        if isinstance(e, UserError):
+            print(f"d1_full.py: error: {e}", file=sys.stderr)
+            return 2
         print(f"d1_full.py: stopped: {e}. The last checkpoint is kept; try a lower learning rate.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -126,7 +126,8 @@ def test_a_non_finite_loss_ends_with_status_1(tmp_path, capsys):
     ("--task sudoku --eval_lengths a", "--eval_lengths"), ("--task sudoku --diffusion_steps 33", "--diffusion_steps"),
     ("--task sudoku --mu three", "--mu"), ("--task sudoku --config none.yaml", "none.yaml"),
     ("--task sft_only --eval_only", "benchmark"), ("--task sudoku --model ./nowhere", "no such folder"),
-    ("--task sudoku --load_4bit", "--use_lora"), ("--task sft_only --skip_sft", "nothing to do"),
+    ("--task sudoku --load_4bit", "random weights"), ("--task sudoku --use_lora", "random weights"),
+    ("--task sft_only --skip_sft", "nothing to do"),
     ("--task sudoku --resume", "nothing to resume"), ("--task sudoku --lr_rl inf", "finite"),
     ("--task sudoku --data no.csv --eval_only", "no data file"),
 ])
@@ -185,10 +186,19 @@ def test_dry_run_tells_settings_and_cost_and_writes_nothing(task, tmp_path, caps
 
 def test_import_is_silent_quick_and_needs_no_network():
     env = {**os.environ, "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", "import d1_full"], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert time.monotonic() - began < 4
+    seconds = []
+    for _ in range(3):  # the best of three, since other work may share the machine
+        began = time.monotonic()
+        command = [sys.executable, "-c", "import d1_full"]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        seconds.append(time.monotonic() - began)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert min(seconds) < 4
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(d1.UserError):
+        d1.main(["--task", "sudoku", "--mu", "0", "--debug"])
 
 
 def test_help_names_every_setting(capsys):
