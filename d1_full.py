@@ -939,7 +939,7 @@ def check_source(data: str) -> str:
 
 
 def read_rows(data: str, split: str) -> list[dict]:
-    """Rows of a local JSONL, JSON, CSV or Parquet file, or of a hub data set's split."""
+    """Rows of a local JSONL, JSON, CSV or Parquet file, or of a split of the hub set owner/name or owner/name:config."""
     import datasets
 
     path, kinds = Path(check_source(data)), {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -950,7 +950,7 @@ def read_rows(data: str, split: str) -> list[dict]:
         if path.suffix in kinds:
             with tempfile.TemporaryDirectory() as cache:  # nothing is left behind, nothing stale is read
                 return list(datasets.load_dataset(kinds[path.suffix], data_files=data, split="train", cache_dir=cache))
-        return list(datasets.load_dataset(data, split="test" if split == "test" else "train"))
+        return list(datasets.load_dataset(*data.split(":"), split="test" if split == "test" else "train"))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
         raise UserError(f"cannot read {data}: {str(e).splitlines()[0]}; without a network give a local file") from e
 
@@ -967,7 +967,7 @@ class Gsm8k(Task):
     """Grade-school word problems; generated stand-ins where no data set is given."""
 
     name = official_name = "gsm8k"
-    hub = "openai/gsm8k"
+    hub = "openai/gsm8k:main"
 
     def generate(self, rng):
         bags, (a, b, c) = rng.random() < 0.5, (rng.randint(2, 9) for _ in range(3))
