@@ -141,7 +141,7 @@ class Settings:
     threads: int = opt(0, "CPU threads; 0 = one per core, at most 8", low=0)
     # stage 1: masked SFT
     steps_sft: int = opt(2460, "SFT updates", "App. D.2: 20 epochs of s1K",
-                         tiny={"sft_only": 7000, "count": 9000, "*": 4500}, low=0)
+                         tiny={"sft_only": 6000, "*": 4500}, low=0)
     bs_sft: int = opt(8, "rows per SFT update", "App. D.2", tiny=32, low=1)
     lr_sft: float = opt(1e-5, "peak learning rate, then linear decay to 0", "App. D.2", tiny=1.5e-3, low=0.0)
     warmup_sft: int = opt(0, "steps of linear warm-up", "App. D.2", tiny=100, low=0)
@@ -152,7 +152,7 @@ class Settings:
     sft_extra: int = opt(0, "one SFT batch in five is up to this much longer, to know longer canvases", tiny=64, low=0)
     n_traces: int = opt(8000, "generated traces a task in the tiny model's SFT corpus", low=1)
     # stage 2: diffu-GRPO
-    steps_rl: int = opt(STEPS_RL, "gradient updates", "authors, d1 issue 25", tiny={"count": 240, "*": 160}, low=0)
+    steps_rl: int = opt(STEPS_RL, "gradient updates", "authors, d1 issue 25", tiny=160, low=0)
     group: int = opt(6, "G, completions drawn per prompt", "Sec. 4", tiny=8, low=2)
     bs_rl: int = opt(6, "completions per device and backward pass, a multiple of G", "App. D", tiny=64, low=2)
     grad_accum: int = opt(2, "backward passes per update", "App. D", tiny=1, low=1)
@@ -939,7 +939,7 @@ def check_source(data: str) -> str:
 
 
 def read_rows(data: str, split: str) -> list[dict]:
-    """Rows of a local JSONL, JSON, CSV or Parquet file, or of a split of the hub set owner/name or owner/name:config."""
+    """Rows of a local JSONL, JSON, CSV or Parquet file, or of a hub set owner/name[:config]."""
     import datasets
 
     path, kinds = Path(check_source(data)), {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -1058,7 +1058,7 @@ class Math500(Task):
 
 
 class Countdown(Task):
-    """Reach a target with + - * / and each number once. Embedded: three numbers 1 to 9, used in order."""
+    """Reach a target with + - * / and each number once. Embedded: three numbers 1 to 9, in order, + and - alone."""
 
     name, official_name = "count", "countdown"
     hub = "Jiayi-Pan/Countdown-Tasks-3to4"
@@ -1069,8 +1069,8 @@ class Countdown(Task):
     def generate(self, rng):
         while True:
             numbers = [rng.randint(1, 9) for _ in range(3)]
-            middle, target = self.steps(*numbers, rng.choice("+-*"), rng.choice("+-*"))
-            if middle > 0 and 0 < target <= 30:
+            middle, target = self.steps(*numbers, rng.choice("+-"), rng.choice("+-"))
+            if middle > 0 and target > 0:
                 return {"numbers": numbers, "target": target}
 
     @staticmethod
@@ -1095,16 +1095,10 @@ class Countdown(Task):
 
     def solve(self, example, rng, careful):
         (a, b, c), target = example["numbers"], example["target"]
-        ways = list(itertools.product("+-*", repeat=2))
-        if careful:
-            ways = [w for w in ways if (s := self.steps(a, b, c, *w))[0] > 0 and s[1] == target]
-        else:  # any signs, and any of the numbers
-            a, b, c = rng.choices(example["numbers"], k=3)
-        first, second = rng.choice(ways)
-        # each step of the work is local: what the first two numbers make, what it takes before the third
-        makes = [a + b, a - b if a > b else "x", a * b]
-        takes = [target - c if target > c else "x", target + c, target // c if target % c == 0 else "x"]
-        work = f"{'Exactly' if careful else 'Roughly'}: " + "".join(f"={n}" for n in (*makes, *takes))
+        ways = [(w, self.steps(a, b, c, *w)) for w in itertools.product("+-", repeat=2)]
+        right = [w for w, (middle, total) in ways if middle > 0 and total == target]
+        first, second = rng.choice(right if careful else list(itertools.product("+-*", repeat=2)))
+        work = f"{'Exactly' if careful else 'Roughly'}: {a}{first}{b}={self.steps(a, b, c, first, second)[0]}"
         left = f"({a}{first}{b})" if second == "*" and first != "*" else f"{a}{first}{b}"
         return work, f"{left}{second}{c}"
 
