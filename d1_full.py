@@ -141,7 +141,7 @@ class Settings:
     threads: int = opt(0, "CPU threads; 0 = one per core, at most 8", low=0)
     # stage 1: masked SFT
     steps_sft: int = opt(2460, "SFT updates", "App. D.2: 20 epochs of s1K",
-                         tiny={"sft_only": 6000, "*": 4500}, low=0)
+                         tiny={"sft_only": 5000, "*": 3500}, low=0)
     bs_sft: int = opt(8, "rows per SFT update", "App. D.2", tiny=32, low=1)
     lr_sft: float = opt(1e-5, "peak learning rate, then linear decay to 0", "App. D.2", tiny=1.5e-3, low=0.0)
     warmup_sft: int = opt(0, "steps of linear warm-up", "App. D.2", tiny=100, low=0)
@@ -867,6 +867,7 @@ class Task:
     official_name = ""  # as in the official generations' file names
     hub = ""  # public data set
     rules = ""  # added to the system text
+    careful = 0.4  # share of generated demonstrations by the careful solver; the rest is careless
     overlap = "are"  # how a problem would be known from training
     stems: tuple[str, ...] = ()  # the fixed words of a question
     generate: Callable
@@ -1062,6 +1063,7 @@ class Countdown(Task):
 
     name, official_name = "count", "countdown"
     hub = "Jiayi-Pan/Countdown-Tasks-3to4"
+    careful = 0.3
     rules = ("\nUse each given number exactly once, with + - * / and brackets, to reach the target. "
              "Answer with the expression alone.")
     stems = ("Numbers: [", "]\nTarget: ")
@@ -2002,9 +2004,6 @@ def validate(cfg: Settings) -> None:
         check_source(source)
 
 
-CAREFUL = 0.4  # share of generated demonstrations by the careful solver; the rest is careless
-
-
 def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task]) -> list[tuple[list[int], int]]:
     """The SFT corpus as (ids, prompt_len): a file's traces, or generated demonstrations, most of them careless."""
     if cfg.sft_data:
@@ -2014,7 +2013,7 @@ def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task]) -> list[tuple[list
     rng, rows = random.Random(f"sft/{cfg.seed}"), []
     for task in tasks:
         for example in task.examples("train", cfg.n_traces, seed=cfg.seed):
-            reply = task.demonstrate(example, rng, careful=rng.random() < CAREFUL)
+            reply = task.demonstrate(example, rng, careful=rng.random() < task.careful)
             rows.append(encode_example(tokenizer, task.messages(example), reply))
     return rows
 
