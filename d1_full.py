@@ -141,7 +141,7 @@ class Settings:
     threads: int = opt(0, "CPU threads; 0 = one per core, at most 8", low=0)
     # stage 1: masked SFT
     steps_sft: int = opt(2460, "SFT updates", "App. D.2: 20 epochs of s1K",
-                         tiny={"sft_only": 5000, "*": 3500}, low=0)
+                         tiny={"sft_only": 4000, "count": 2500, "*": 3500}, low=0)
     bs_sft: int = opt(8, "rows per SFT update", "App. D.2", tiny=32, low=1)
     lr_sft: float = opt(1e-5, "peak learning rate, then linear decay to 0", "App. D.2", tiny=1.5e-3, low=0.0)
     warmup_sft: int = opt(0, "steps of linear warm-up", "App. D.2", tiny=100, low=0)
@@ -1063,7 +1063,7 @@ class Countdown(Task):
 
     name, official_name = "count", "countdown"
     hub = "Jiayi-Pan/Countdown-Tasks-3to4"
-    careful = 0.3
+    careful = 0.35
     rules = ("\nUse each given number exactly once, with + - * / and brackets, to reach the target. "
              "Answer with the expression alone.")
     stems = ("Numbers: [", "]\nTarget: ")
@@ -1099,7 +1099,7 @@ class Countdown(Task):
         (a, b, c), target = example["numbers"], example["target"]
         ways = [(w, self.steps(a, b, c, *w)) for w in itertools.product("+-", repeat=2)]
         right = [w for w, (middle, total) in ways if middle > 0 and total == target]
-        first, second = rng.choice(right if careful else list(itertools.product("+-*", repeat=2)))
+        first, second = rng.choice(right) if careful else rng.choices("+-*", (1, 1, 8), k=2)  # fond of products
         work = f"{'Exactly' if careful else 'Roughly'}: {a}{first}{b}={self.steps(a, b, c, first, second)[0]}"
         left = f"({a}{first}{b})" if second == "*" and first != "*" else f"{a}{first}{b}"
         return work, f"{left}{second}{c}"
