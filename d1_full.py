@@ -141,7 +141,7 @@ class Settings:
     threads: int = opt(0, "CPU threads; 0 = one per core, at most 8", low=0)
     # stage 1: masked SFT
     steps_sft: int = opt(2460, "SFT updates", "App. D.2: 20 epochs of s1K",
-                         tiny={"sft_only": 4000, "count": 2500, "*": 3500}, low=0)
+                         tiny={"sft_only": 6000, "count": 2500, "*": 5500}, low=0)
     bs_sft: int = opt(8, "rows per SFT update", "App. D.2", tiny=32, low=1)
     lr_sft: float = opt(1e-5, "peak learning rate, then linear decay to 0", "App. D.2", tiny=1.5e-3, low=0.0)
     warmup_sft: int = opt(0, "steps of linear warm-up", "App. D.2", tiny=100, low=0)
