@@ -174,7 +174,8 @@ class Settings:
     block_length: int = opt(32, "tokens of a semi-autoregressive block", "App. D", low=1)
     diffusion_steps: int = opt(0, "denoising steps of a rollout; 0 = gen_length/2", "App. D", low=0)
     eval_lengths: str = opt("128,256,512", "evaluation lengths; greedy, length/2 steps", "Sec. 4", tiny="32,64,96")
-    limit: int = opt(256, "test problems to evaluate; 0 = all", "App. D for count and sudoku", low=0)
+    limit: int = opt({"count": 256, "sudoku": 256, "*": 0}, "test problems to evaluate; 0 = all, or 256 generated ones",
+                     "App. D", tiny=0, low=0)
     bs_eval: int = opt(8, "rows decoded at once", tiny=128, low=1)
     save_steps: int = opt(100, "updates between checkpoints and held-out checks", "official train.yaml", tiny=40, low=1)
 
