@@ -138,6 +138,13 @@ def test_sampling_repeats_with_its_seed_and_varies_with_it():
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
+def test_rows_of_one_generator_have_streams_of_their_own():
+    same = prompts(1).repeat(6, 1)
+    how = dict(mask_id=MASK, gen_length=8, block_length=8, temperature=1.0)
+    out = d1.diffuse_decode(ToyModel(12, 9), same, generator=rng(), **how)
+    assert len({tuple(row) for row in out.tolist()}) > 1
+
+
 def test_threshold_commits_all_that_is_sure_and_at_least_one():
     how = dict(mask_id=MASK, gen_length=8, block_length=8)
     assert len(list(d1.diffuse_steps(ToyModel(12, 9), prompts(), threshold=0.0, **how))) == 1

@@ -22,6 +22,10 @@ def grpo(cfg, tiny, out, reward=None, lora=None):
     if lora:
         torch.manual_seed(0)  # peft draws its first weights from the global stream
         model = d1.adapt_with_lora(model, *lora)
+        with torch.no_grad():  # an adapter that stage 1 has trained
+            for name, p in model.named_parameters():
+                if "lora_B" in name:
+                    p.normal_(std=0.1)
     task = d1.TASKS["sudoku"]
     out.mkdir(parents=True, exist_ok=True)
 
