@@ -58,6 +58,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import collections
 import contextlib
 import copy
 import csv
@@ -65,6 +66,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -78,6 +80,7 @@ import sys
 import tempfile
 import time
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -109,6 +112,7 @@ def opt(paper, help, source="ours", *, official=None, tiny=None, choices=(), low
 RL_TASKS = ("gsm8k", "math500", "count", "sudoku")
 TASK_CHOICES = ("sft_only", *RL_TASKS, "table1")
 PRESETS = ("auto", "paper", "official", "tiny")
+HUB_ROWS = 20000  # more problems than the paper's longest run draws
 STEPS_RL = {"gsm8k": 7700, "math500": 6600, "count": 5000, "sudoku": 3800, "*": 5000}
 
 
@@ -123,8 +127,9 @@ class Settings:
     config: str = opt("", "YAML file that may give any flag; the command line wins")
     output_dir: str = opt("ckpt", "results go to OUTPUT_DIR/<sft or task>/")
     seed: int = opt(42, "seeds every random stream of the run", "official train.yaml", tiny=0, low=0)
-    data: str = opt("", "benchmark problems: a local .jsonl, .json, .csv or .parquet, or a hub id")
-    sft_data: str = opt("simplescaling/s1K", "SFT traces: a local file or hub id", "Sec. 4", tiny="")
+    data: str = opt("", "benchmark problems: a local .jsonl, .json, .csv or .parquet, or a hub id owner/name[:config]; "
+                    f"of a hub set the first {HUB_ROWS:,} rows are streamed")
+    sft_data: str = opt("simplescaling/s1K", "SFT traces: a file or hub set, as --data", "Sec. 4", tiny="")
     skip_sft: bool = opt(False, "go straight to stage 2")
     skip_eval: bool = opt({"sft_only": True, "*": False}, "train only", tiny=False)
     eval_only: bool = opt(False, "evaluate --model on --task and stop")
@@ -133,16 +138,27 @@ class Settings:
     debug: bool = opt(False, "show the traceback of an error")
     # the model
     use_lora: bool = opt(False, "train LoRA adapters instead of all weights")
+    lora_targets: str = opt("all", "layers to adapt: all = every linear of the blocks, or names with commas [D7]",
+                            "App. D", official={"sft_only": "q_proj,k_proj,v_proj",
+                                               "*": "q_proj,k_proj,v_proj,up_proj"})
     lora_r: int = opt({"sft_only": 8, "*": 128}, "LoRA rank", "App. D, SFT as in v1", official=128, low=1)
     lora_alpha: int = opt({"sft_only": 16, "*": 64}, "LoRA alpha", "App. D, SFT as in v1",
                           official={"sft_only": 256, "*": 64}, low=1)
+    lora_dropout: float = opt(0.05, "LoRA dropout of stage 1; stage 2 has none [D6]", "App. D", low=0.0, high=0.99)
     load_4bit: bool = opt(False, "NF4 base weights, double quantisation, bf16 compute", "App. D")
     attn: str = opt("auto", "attention kernel", choices=("auto", "sdpa", "flash_attention_2", "eager"))
+    dtype: str = opt("auto", "of the weights; auto = fp32 to train all of them, else bf16 on GPUs, as stored on CPUs",
+                     choices=("auto", "float32", "bfloat16"))
+    grad_checkpoint: bool = opt(False, "gradient checkpointing: less memory, a third more time")
+    export: str = opt("", "also write the final model with all its weights: hf or merged for transformers, llada for "
+                      "LLaDA's own code; without --task: convert --model into --output_dir",
+                      choices=("hf", "merged", "llada"))
     threads: int = opt(0, "CPU threads; 0 = one per core, at most 8", low=0)
     # stage 1: masked SFT
     steps_sft: int = opt(2460, "SFT updates", "App. D.2: 20 epochs of s1K",
                          tiny={"sft_only": 6000, "count": 2500, "*": 5500}, low=0)
-    bs_sft: int = opt(8, "rows per SFT update", "App. D.2", tiny=32, low=1)
+    bs_sft: int = opt(8, "rows per SFT update, over all processes", "App. D.2", tiny=32, low=1)
+    rows_sft: int = opt(1, "rows per backward pass of SFT", "official: 1, 4 passes, 2 GPUs", tiny=32, low=1)
     lr_sft: float = opt(1e-5, "peak learning rate, then linear decay to 0", "App. D.2", tiny=1.5e-3, low=0.0)
     warmup_sft: int = opt(0, "steps of linear warm-up", "App. D.2", tiny=100, low=0)
     wd_sft: float = opt(0.1, "AdamW weight decay", "App. D.2", low=0.0)
@@ -498,41 +514,70 @@ def diffuse_decode(model, prompt: Tensor, *, mask_id: int, **options) -> Tensor:
     return ids
 
 
-# %% 8. Models — a bidirectional Llama (LLaDA's shape), no remote code
+# %% 8. Models — LLaDA as a bidirectional Llama, Dream, masked LMs, any causal model; no remote code
 ALIASES = {"llada/llada-8b-instruct": "GSAI-ML/LLaDA-8B-Instruct"}
-LLADA_MASK_ID = 126336
+MASK_IDS = {"llada": 126336, "Dream": 151666}  # where neither config nor tokenizer names it
 TINY_SHAPE = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)
-# LLaDA's module names -> Llama's; its network is Llama's with full attention
-_BLOCK, _LAYER = r"^model\.transformer\.blocks\.(\d+)\.", r"model.layers.\1."
-LLADA_KEYS = {
-    r"^model\.transformer\.wte\.": "model.embed_tokens.",
-    r"^model\.transformer\.ln_f\.": "model.norm.",
-    r"^model\.transformer\.ff_out\.": "lm_head.",
-    _BLOCK + r"attn_norm\.": _LAYER + "input_layernorm.",
-    _BLOCK + r"ff_norm\.": _LAYER + "post_attention_layernorm.",
-    _BLOCK + r"q_proj\.": _LAYER + "self_attn.q_proj.",
-    _BLOCK + r"k_proj\.": _LAYER + "self_attn.k_proj.",
-    _BLOCK + r"v_proj\.": _LAYER + "self_attn.v_proj.",
-    _BLOCK + r"attn_out\.": _LAYER + "self_attn.o_proj.",
-    _BLOCK + r"ff_proj\.": _LAYER + "mlp.gate_proj.",
-    _BLOCK + r"up_proj\.": _LAYER + "mlp.up_proj.",
-    _BLOCK + r"ff_out\.": _LAYER + "mlp.down_proj.",
-}
+LLADA_8B = dict(  # config.json of LLaDA-8B-Instruct
+    model_type="llada", architectures=["LLaDAModelLM"], auto_map={
+        "AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM",
+        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM"},
+    d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288, mlp_ratio=4, vocab_size=126464,
+    embedding_size=126464, max_sequence_length=4096, rope=True, rope_full_precision=True, rope_theta=500000.0,
+    rms_norm_eps=1e-5, mask_token_id=126336, eos_token_id=126081, pad_token_id=126081, activation_type="silu",
+    block_type="llama", block_group_size=1, layer_norm_type="rms", layer_norm_with_affine=True, weight_tying=False,
+    attention_layer_norm=False, attention_layer_norm_with_affine=True, include_bias=False, include_qkv_bias=False,
+    bias_for_layer_norm=False, input_emb_norm=False, scale_logits=False, alibi=False, alibi_bias_max=8.0,
+    flash_attention=False, multi_query_attention=None, attention_dropout=0.0, embedding_dropout=0.0,
+    residual_dropout=0.0, init_device="meta", init_fn="mitchell", init_std=0.02, init_cutoff_factor=None,
+    precision="amp_bf16", use_cache=False,
+)
+# Llama's module names -> LLaDA's, whose network is Llama's with full attention
+LLADA_NAMES = {"model.embed_tokens": "model.transformer.wte", "model.norm": "model.transformer.ln_f",
+               "lm_head": "model.transformer.ff_out"}
+LLADA_BLOCK = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ff_norm", "self_attn.q_proj": "q_proj",
+               "self_attn.k_proj": "k_proj", "self_attn.v_proj": "v_proj", "self_attn.o_proj": "attn_out",
+               "mlp.gate_proj": "ff_proj", "mlp.up_proj": "up_proj", "mlp.down_proj": "ff_out"}
+LLADA_KEYS = {rf"^{re.escape(theirs)}\.": f"{ours}." for ours, theirs in LLADA_NAMES.items()} | {
+    rf"^model\.transformer\.blocks\.(\d+)\.{theirs}\.": rf"model.layers.\1.{ours}."
+    for ours, theirs in LLADA_BLOCK.items()}
 
 
-def llada_config(raw: dict):
-    """A LlamaConfig for a LLaDA checkpoint's config.json; the embedding may be wider than the vocabulary."""
-    from transformers import LlamaConfig
+@contextlib.contextmanager
+def refusing(what: str):
+    """Turn a library's complaint about a file into a UserError: `what`, then its words."""
+    from safetensors import SafetensorError
 
-    return LlamaConfig(
-        vocab_size=raw.get("embedding_size") or raw["vocab_size"], hidden_size=raw["d_model"],
-        intermediate_size=raw["mlp_hidden_size"], num_hidden_layers=raw["n_layers"],
-        num_attention_heads=raw["n_heads"], num_key_value_heads=raw.get("n_kv_heads") or raw["n_heads"],
-        rms_norm_eps=raw["rms_norm_eps"], max_position_embeddings=raw["max_sequence_length"],
-        rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]}, tie_word_embeddings=False,
-        eos_token_id=raw.get("eos_token_id"), pad_token_id=None, is_causal=False,
-        mask_token_id=raw.get("mask_token_id", LLADA_MASK_ID),
-    )
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError, UserWarning) as e:
+        raise UserError(f"{what}: {' '.join(str(e).split())[:300]} ({type(e).__name__})") from e
+
+
+def network_of(source: str, raw: dict):
+    """(class, config) in transformers for a checkpoint's config.json `raw`, with attention both ways."""
+    import transformers
+
+    kind, written_for = raw.get("model_type"), " ".join(raw.get("architectures") or [])
+    if kind == "llada":  # the embedding may be wider than the vocabulary
+        return transformers.LlamaForCausalLM, transformers.LlamaConfig(
+            vocab_size=raw.get("embedding_size") or raw["vocab_size"], hidden_size=raw["d_model"],
+            intermediate_size=raw["mlp_hidden_size"], num_hidden_layers=raw["n_layers"],
+            num_attention_heads=raw["n_heads"], num_key_value_heads=raw.get("n_kv_heads") or raw["n_heads"],
+            rms_norm_eps=raw["rms_norm_eps"], max_position_embeddings=raw["max_sequence_length"],
+            rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]}, tie_word_embeddings=False,
+            eos_token_id=raw.get("eos_token_id"), pad_token_id=None, is_causal=False,
+        )
+    if kind == "Dream":  # Qwen2's network; its logits at k are for token k + 1
+        own = {k: v for k, v in raw.items() if k not in ("model_type", "architectures", "auto_map")}
+        return transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**own, is_causal=False, shift_logits=True)
+    if kind not in transformers.CONFIG_MAPPING:
+        raise UserError(f"{source}: transformers has no model_type {kind!r}, and code from outside is not run")
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not re.search("CausalLM|LMHead", written_for):
+        return transformers.AutoModelForMaskedLM, config
+    config.is_causal = False
+    return transformers.AutoModelForCausalLM, config
 
 
 def tiny_model(tokenizer, seed: int = 0):
@@ -549,25 +594,48 @@ def tiny_model(tokenizer, seed: int = 0):
         return LlamaForCausalLM(config)
 
 
-def adapt_with_lora(model, r: int, alpha: int):
-    """Wrap a model in LoRA on every linear layer of its blocks. Raises UserError if there is none."""
+def block_linears(model) -> dict[str, torch.nn.Linear]:
+    """Every linear layer but the output head, by name: what LoRA adapts and what 4-bit loading packs."""
+    head = model.get_output_embeddings()
+    found = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    return {n.removesuffix(".base_layer"): m for n, m in found.items() if "lora_" not in n}
+
+
+def adapt_with_lora(model, r: int, alpha: int, dropout: float = 0.0, targets: str = "all"):
+    """Train LoRA on the model's linear layers, stacked on the adapter that it may have.
+
+    targets: "all", or layer names with commas. Raises UserError for a name that no layer has.
+    """
     from peft import LoraConfig, get_peft_model
 
     # [D7] official lists Llama's names, of which LLaDA has only some: q, k, v, up are adapted and the
     #      rest silently not. here: the names are read off the model, and no match is an error.
-    head = model.get_output_embeddings()
-    found = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
-    if not found:
-        raise UserError(f"no linear layer to adapt in {type(model).__name__}; train without --use_lora")
-    # [D6] official leaves dropout .05 on in rollouts and all log-probabilities. here: 0.
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=sorted(found))
-    # [D19] a bf16 adapter hardly moves at lr 1e-5. here: autocast_adapter_dtype keeps it fp32.
-    return get_peft_model(model, config, autocast_adapter_dtype=True)
+    found = sorted({n.split(".")[-1] for n in block_linears(model)})
+    wanted = found if targets == "all" else targets.split(",")
+    if not found or not set(wanted) <= set(found):
+        missing = ", ".join(sorted(set(wanted) - set(found))) or "any kind"
+        raise UserError(f"{type(model).__name__} has no linear layer {missing} to adapt; it has {', '.join(found)}")
+    # [D19] a bf16 adapter hardly moves at lr 1e-5. here: peft's autocast_adapter_dtype keeps it fp32.
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted)
+    if hasattr(model, "peft_config"):
+        model.add_adapter("default", config)
+    else:
+        model = get_peft_model(model, config)
+    activate_adapters(model)
+    return model
+
+
+def activate_adapters(model) -> None:
+    """Put all adapters of a model to work; "default" is trained, an earlier stage's stays as it is."""
+    model.base_model.set_adapter(list(model.peft_config))
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name and ".default." in name)
 
 
 def read_json(path: Path) -> dict:
     """A JSON file's content, {} if there is no such file."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    with refusing(f"cannot read {path}"):
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def resolve_checkpoint(name: str) -> str:
@@ -581,76 +649,158 @@ def resolve_checkpoint(name: str) -> str:
     return name
 
 
+def base_of(name: str) -> str:
+    """The checkpoint that holds the weights: an adapter's base, else the one named."""
+    name = resolve_checkpoint(name)
+    adapter = read_json(Path(name, "adapter_config.json"))
+    return resolve_checkpoint(adapter.get("base_model_name_or_path") or "") if adapter else name
+
+
 def read_config(name: str) -> dict:
     """config.json of a folder or hub id, as a dict."""
     from transformers import PretrainedConfig
 
-    try:
+    with refusing(f"cannot load {name}; without a network give --model a local folder"):
         return PretrainedConfig.get_config_dict(name)[0]
-    except OSError as e:
-        why = str(e).splitlines()[0]
-        raise UserError(f"cannot load {name}: {why} Without a network give --model a local folder.") from e
+
+
+def load_weights(base: str, raw: dict, dtype, load_4bit: bool, attn: str, device: torch.device):
+    """A checkpoint's network and weights, converted while loading. UserError if they do not fit each other."""
+    import transformers
+
+    options: dict = dict(dtype=dtype or (torch.bfloat16 if device.type == "cuda" else "auto"))
+    if attn == "auto":
+        attn = "flash_attention_2" if device.type == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"
+    if raw.get("model_type") == "llada":
+        options["key_mapping"] = LLADA_KEYS
+    if load_4bit:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16)
+    with refusing(f"cannot load {base}"):
+        network, config = network_of(base, raw)
+        model, report = network.from_pretrained(
+            base, config=config, device_map={"": device}, attn_implementation=attn, ignore_mismatched_sizes=True,
+            output_loading_info=True, **options)
+    for module in model.modules():  # bitsandbytes' packed CPU kernel passes no gradient on, and says so in a warning only
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    other_heads = re.compile(r"pooler|seq_relationship|position_ids|inv_freq")  # or computed, not learned
+    wrong = [f"{k} is missing" for k in sorted(report["missing_keys"])]
+    wrong += [f"{k} is unknown" for k in sorted(report["unexpected_keys"]) if not other_heads.search(k)]
+    wrong += [f"{k} is {tuple(a)}, not {tuple(b)}" for k, a, b in sorted(report["mismatched_keys"])]
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"the weights of {base} do not fit its config.json: {'; '.join(wrong[:3])}{more}")
+    return model
+
+
+def complete_tokens(model, tokenizer, raw: dict) -> None:
+    """Settle mask, EOS, pad and chat template, and give the model a mask row if it has none.
+
+    The new row is the mean of the others: full training moves it, adapters learn what it means.
+    """
+    tokenizer.eos_token = tokenizer.eos_token or tokenizer.sep_token  # BERT ends with [SEP]
+    if tokenizer.eos_token is None:
+        raise UserError("the tokenizer has neither an EOS nor a SEP token, so no reply could end: set eos_token")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    if tokenizer.mask_token is None:
+        known = raw.get("mask_token_id", MASK_IDS.get(raw.get("model_type")))
+        token = "<|mask|>" if known is None else tokenizer.convert_ids_to_tokens(known)
+        if token is None:
+            raise UserError(f"config.json names {known} as the mask token, and the tokenizer has no such token")
+        tokenizer.add_special_tokens({"mask_token": token})
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                layer.weight[rows:] = layer.weight[:rows].mean(0)
+    model.get_input_embeddings().padding_idx = None  # else the row of the pad, often EOS, is frozen
+    model.config.mask_token_id = tokenizer.mask_token_id
+
+
+@torch.no_grad()
+def check_bidirectional(model, name: str) -> None:
+    """UserError if the first position cannot see the last one: such a model cannot fill in masks."""
+    ids = torch.ones(2, 8, dtype=torch.long, device=model.device)
+    ids[1, -1] = 2
+    first = model.eval()(ids).logits[:, 0]  # (2, V)
+    if torch.equal(first[0], first[1]):
+        raise UserError(f"{name}: {type(model).__name__} sees the left only, even with is_causal=False")
+
+
+def check_positions(model, length: int) -> None:
+    """UserError if `length` tokens are more than the learned positions of a model such as BERT."""
+    limit = getattr(model.config, "max_position_embeddings", length)
+    if length > limit and any("position_embeddings" in n for n, _ in model.named_parameters()):
+        raise UserError(f"{length} tokens are more than the model's {limit} positions: lower --sft_length, "
+                        "--max_prompt, --gen_length or --eval_lengths")
+
+
+def shift_logits(module, args, output):
+    """Forward hook: Dream's logits for token k stand at k - 1; move them to k, where LLaDA's are."""
+    output.logits = torch.cat([output.logits[:, :1], output.logits[:, :-1]], dim=1)  # (B, L, V)
+    return output
 
 
 def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto", device=None, seed=0):
     """Load a model and its tokenizer: (model, tokenizer), with model(input_ids, attention_mask=None).logits.
 
     name: "tiny" (random from `seed`), a hub id, a folder, LLaDA's format included, or an adapter
-    folder of this script. dtype: None = fp32 for fp32 checkpoints on CPU, bf16 on CUDA. lora: None
-    or (r, alpha). Raises UserError where the model cannot be had. No remote code is ever run.
+    folder of this script. dtype: None = the checkpoint's own on CPU, bf16 on CUDA. lora: None or
+    (r, alpha, dropout, targets) as in `adapt_with_lora`; the adapter of an adapter folder stays
+    below the new one. Raises UserError where the model cannot be had.
     """
     import transformers
 
     transformers.logging.set_verbosity_error()  # its notes on class names would drown ours
     transformers.logging.disable_progress_bar()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device or processes().device)
     if name == "tiny":
         tokenizer = build_tokenizer()
         model = tiny_model(tokenizer, seed).to(device)
         return (adapt_with_lora(model, *lora) if lora else model), tokenizer
-    name = resolve_checkpoint(name)
-    adapter = name if Path(name, "adapter_config.json").exists() else None
-    base = read_json(Path(name, "adapter_config.json"))["base_model_name_or_path"] if adapter else name
+    name, base = resolve_checkpoint(name), base_of(name)
     raw = read_config(base)
-    options = dict(dtype=dtype or (torch.bfloat16 if device != "cpu" else "auto"), device_map={"": device})
-    options["attn_implementation"] = choose_attention(attn, device)
-    if load_4bit:
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16)
-    if raw.get("model_type") == "llada":
-        model = transformers.LlamaForCausalLM.from_pretrained(
-            base, config=llada_config(raw), key_mapping=LLADA_KEYS, **options)
-    else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, **options)
-        model.config.is_causal = False
-    model.get_input_embeddings().padding_idx = None  # else the row of the pad, EOS, is frozen
-    is_llada = raw.get("model_type") == "llada"
-    reader = transformers.PreTrainedTokenizerFast if is_llada else transformers.AutoTokenizer
-    tokenizer = reader.from_pretrained(base, trust_remote_code=False)
-    if tokenizer.mask_token_id is None:
-        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(raw.get("mask_token_id", LLADA_MASK_ID))
-    if adapter:
+    model = load_weights(base, raw, dtype, load_4bit, attn, device)
+    plain = {"llada": transformers.PreTrainedTokenizerFast, "Dream": transformers.Qwen2Tokenizer}
+    reader = plain.get(raw.get("model_type"), transformers.AutoTokenizer)
+    with refusing(f"cannot load the tokenizer of {name}"):
+        own = Path(name, "tokenizer_config.json").exists() or name == base
+        tokenizer = reader.from_pretrained(name if own else base, trust_remote_code=False)
+    complete_tokens(model, tokenizer, raw)
+    model.name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base  # what an adapter remembers
+    if getattr(model.config, "shift_logits", False):
+        model.register_forward_hook(shift_logits)
+    check_bidirectional(model, base)
+    if name != base:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-        lora = None
+        with refusing(f"the adapter in {name} does not fit {base}"), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(model, name, adapter_name="earlier")
     return (adapt_with_lora(model, *lora) if lora else model), tokenizer
 
 
-def choose_attention(attn: str, device: str) -> str:
-    """auto = FlashAttention-2 if it is installed and the device is CUDA, else SDPA."""
-    if attn != "auto":
-        return attn
-    import importlib.util
+def processes():
+    """accelerate's view of this run: .device, .num_processes, .process_index, .is_main_process."""
+    from accelerate import PartialState
 
-    return "flash_attention_2" if device != "cpu" and importlib.util.find_spec("flash_attn") else "sdpa"
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 # %% 9. Tokenizer and chat template
 TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|eot|>{% endfor %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{{ eos_token if m['role'] == 'assistant' else '<|eot|>' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# for a tokenizer that brings none, in BERT's manner: [CLS] question [SEP] reply [SEP]
+PLAIN_TEMPLATE = (
+    "{{ cls_token or bos_token or '' }}"
+    "{% for m in messages %}{{ m['content'] }}{{ sep_token or eos_token }}{% endfor %}"
 )
 WORDS = (
     "<reasoning>\n", "\n</reasoning>\n", "<answer>\n", "\n</answer>", "<reasoning>", "</reasoning>", "<answer>",
@@ -681,20 +831,33 @@ def build_tokenizer():
     )
 
 
-def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
-    """Token ids of a chat up to where the reply begins; the one prompt builder of all stages."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+def encode(tokenizer, text: str) -> list[int]:
+    """Token ids of a text that holds its special tokens already."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
+    """Token ids of a chat up to where the reply begins; the one prompt builder of all stages."""
+    return encode(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+@functools.cache
+def turn_end(tokenizer) -> list[int]:
+    """The special token that the chat template sets after a reply (EOT), then EOS; EOS alone if they are one."""
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "§§"}]
+    after = encode(tokenizer, tokenizer.apply_chat_template(chat, tokenize=False).partition("§§")[2])[:1]
+    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    return [i for i in after if i in special and i != tokenizer.eos_token_id] + [tokenizer.eos_token_id]
+
+
 def encode_example(tokenizer, messages: list[dict], reply: str) -> tuple[list[int], int]:
-    """Prompt + reply + EOS as ids, and the prompt's length.
+    """Prompt + reply + end of turn as ids, and the prompt's length.
 
     [D16] official counts one header and newline too many into the prompt, which can leave the
     reply's first token untrained. Here the two parts are encoded apart, so the border is exact.
     """
     prompt = encode_prompt(tokenizer, messages)
-    return prompt + tokenizer(reply, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id], len(prompt)
+    return prompt + encode(tokenizer, reply) + turn_end(tokenizer), len(prompt)
 
 
 def pad_left(rows: list[list[int]], pad_id: int, device=None) -> tuple[Tensor, Tensor]:
@@ -945,16 +1108,14 @@ def read_rows(data: str, split: str) -> list[dict]:
     import datasets
 
     path, kinds = Path(check_source(data)), {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-    try:
+    with refusing(f"cannot read {data}; without a network give a local file"):
         if path.suffix == ".csv":  # every column as text: a puzzle's leading zeros are digits
             with path.open(newline="", encoding="utf-8") as f:
                 return list(csv.DictReader(f))
-        if path.suffix in kinds:
-            with tempfile.TemporaryDirectory() as cache:  # nothing is left behind, nothing stale is read
-                return list(datasets.load_dataset(kinds[path.suffix], data_files=data, split="train", cache_dir=cache))
-        return list(datasets.load_dataset(*data.split(":"), split="test" if split == "test" else "train"))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
-        raise UserError(f"cannot read {data}: {str(e).splitlines()[0]}; without a network give a local file") from e
+        if path.suffix in kinds:  # streamed: nothing is left in a cache, nothing stale is read from one
+            return list(datasets.load_dataset(kinds[path.suffix], data_files=data, split="train", streaming=True))
+        rows = datasets.load_dataset(*data.split(":"), split="test" if split == "test" else "train", streaming=True)
+        return list(itertools.islice(rows, HUB_ROWS))
 
 
 def careful_or_not(work: str, answer: str, rng: random.Random, careful: bool) -> tuple[str, str]:
@@ -1298,12 +1459,29 @@ class Stage:
     name = ""
 
     def __init__(self, model, tokenizer, cfg: Settings, out: Path, lr: float, wd: float, clip: float, total: int):
+        from accelerate import Accelerator
+
         self.model, self.tokenizer, self.cfg, self.out = model, tokenizer, cfg, Path(out)
         self.streams, self.lr, self.clip, self.total, self.step = Streams(cfg.seed), lr, clip, total, 0
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.device = self.params[0].device
-        self.optimizer = torch.optim.AdamW(self.params, lr=lr, betas=(0.9, 0.99), weight_decay=wd, fused=True)
+        optimizer = torch.optim.AdamW(self.params, lr=lr, betas=(0.9, 0.99), weight_decay=wd, fused=True)
+        self.accel = Accelerator(cpu=not torch.cuda.is_available())
+        self.rank, self.world, self.device = self.accel.process_index, self.accel.num_processes, self.accel.device
+        # `net` is the model as it is trained: with several processes, its backward averages the gradient over them
+        self.net, self.optimizer = self.accel.prepare(model, optimizer)
         self.best = None  # (held-out score, step, weights): see DiffuGRPO
+
+    def precision(self):
+        """bf16 arithmetic on a GPU, whatever the weights are stored in; the losses are fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def average(self, rows: list[dict]) -> dict[str, float]:
+        """Metrics over micro-batches and processes: the mean, or the largest of a "..._max"."""
+        from accelerate.utils import gather_object
+
+        rows = gather_object(rows)
+        columns = {k: [r[k] for r in rows] for k in rows[0]}
+        return {k: max(v) if k.endswith("_max") else sum(v) / len(v) for k, v in columns.items()}
 
     def update(self) -> dict[str, float]:
         """Make one gradient update and return its metrics."""
@@ -1329,7 +1507,7 @@ class Stage:
 
     def apply_gradient(self) -> float:
         """Clip, update, clear. Returns the gradient's norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.params, self.clip or math.inf)
+        norm = self.accel.clip_grad_norm_(self.params, self.clip or math.inf)
         if not torch.isfinite(norm):
             what = f"the gradient's norm is {norm.item()} on {self.batch_name()}"
             raise NonFiniteLoss(f"{self.name} step {self.step + 1}: {what}")
@@ -1380,6 +1558,9 @@ class MaskedSFT(Stage):
         held = max(1, len(rows) // 100)
         self.heldout = [rows[i] for i in order[:held]]
         self.rows = [rows[i] for i in order[held:]] or self.heldout
+        check_positions(model, cfg.sft_length + cfg.sft_extra)
+        if cfg.bs_sft % self.world:
+            raise UserError(f"--bs_sft {cfg.bs_sft} must be a multiple of the {self.world} processes")
 
     def rate(self) -> float:
         warm = min(1.0, (self.step + 1) / max(self.cfg.warmup_sft, 1))
@@ -1403,24 +1584,38 @@ class MaskedSFT(Stage):
             ids = ids[:length]
             x0[i, : len(ids)] = torch.tensor(ids)
             keep[i, :prompt_len] = True
-        return x0.to(self.device), keep.to(self.device)
+        return x0, keep
 
-    def nelbo(self, rows, key) -> tuple[Tensor, dict]:
-        """Algorithm 2: mask the replies at random levels, predict what was hidden, weigh by 1/t."""
+    def nelbo(self, rows, key, mine: slice = slice(None)) -> tuple[Tensor, dict]:
+        """Algorithm 2: mask the replies at random levels, predict what was hidden, weigh by 1/t.
+
+        The noise is drawn for the whole batch, so it does not depend on who computes which rows.
+        With `mine`, this process's share of the batch's loss: the shares of all add up to it.
+        """
         generator = self.streams.generator(*key)
         longer, extra = draw_uniform((2,), generator, "cpu").tolist()
         length = self.cfg.sft_length + int(extra * (self.cfg.sft_extra + 1)) * (longer < 0.2)
         x0, keep = self.collate(rows, length)  # (B, L)
-        t = sample_t(len(x0), generator, self.device)  # (B,)
+        t = sample_t(len(x0), generator)  # (B,)
         xt, masked = forward_process(x0, t, keep, self.tokenizer.mask_token_id, generator)
-        return masked_nelbo(self.model(xt).logits, x0, masked, t, keep)
+        share = (~keep[mine]).sum() / (~keep).sum()
+        x0, t, keep, xt, masked = (v[mine].to(self.device) for v in (x0, t, keep, xt, masked))
+        with self.precision():
+            loss, metrics = masked_nelbo(self.net(xt).logits, x0, masked, t, keep)
+        return loss * share.item(), metrics
 
     def update(self) -> dict[str, float]:
         self.model.train()
-        loss, metrics = self.nelbo([self.rows[i] for i in self.indices()], ("sft_mask", self.step))
-        self.backward(loss)
-        norm = self.apply_gradient()
-        return {"loss": loss.item(), **{k: v.item() for k, v in metrics.items()}, "grad_norm": norm, "lr": self.rate()}
+        rows, logged = [self.rows[i] for i in self.indices()], []
+        size = self.cfg.bs_sft // self.world
+        stop = (self.rank + 1) * size
+        spans = [slice(i, min(i + self.cfg.rows_sft, stop)) for i in range(stop - size, stop, self.cfg.rows_sft)]
+        for span in spans:
+            with contextlib.nullcontext() if span is spans[-1] else self.accel.no_sync(self.net):
+                loss, metrics = self.nelbo(rows, ("sft_mask", self.step), span)
+                self.backward(loss, self.world)  # the mean over processes is then the gradient of the whole batch
+            logged.append({"loss": loss.item() * self.world * len(spans), **{k: v.item() for k, v in metrics.items()}})
+        return {**self.average(logged), "grad_norm": self.apply_gradient(), "lr": self.rate()}
 
     @torch.no_grad()
     def check(self, screen: Screen) -> dict[str, float]:
@@ -1442,10 +1637,10 @@ class Rollout:
     live: Tensor  # (B, C) bool
     rewards: Tensor  # (B,)
     advantages: Tensor  # (B,)
-    hide: list[Tensor]  # mu of (B, P) bool, True = masked in q'
+    hide: Tensor  # (mu, B, P) bool, True = masked in q'
     logp_old: list[Tensor]  # mu of (B, C)
     logp_ref: list[Tensor]  # mu of (B, C); empty if beta is 0
-    parts: dict[str, float]  # mean of each reward part
+    parts: dict[str, float]  # mean of each reward part, share of prompts cut
 
 
 RewardFn = Callable[[list[str], list[dict]], list[dict[str, float]]]
@@ -1467,7 +1662,8 @@ class DiffuGRPO(Stage):
         self.examples, self.ask, self.reward, self.heldout = examples, ask, reward, heldout
         # [D6] official leaves LoRA dropout on in every pass, so the ratio is not 1 at the first inner
         #      update. here: evaluation mode throughout stage 2, where it is exactly 1.
-        self.model.eval()
+        eval_mode(self.model)
+        check_positions(model, cfg.max_prompt + cfg.gen_length)
         # [D8] official's reference sync every 64 steps does nothing under LoRA. here: pi_ref is the
         #      frozen start of stage 2, and stays so.
         self.reference = freeze_reference(model)
@@ -1479,27 +1675,35 @@ class DiffuGRPO(Stage):
 
     def batch_name(self) -> str:
         i = self.step // self.cfg.mu
-        return f"rollout batch {i}, inner update {self.step % self.cfg.mu}, problems {self.problems(i, 0)}"
+        drawn = [n for m in self.micro_batches(i) for n in self.problems(m)]
+        return f"rollout batch {i}, inner update {self.step % self.cfg.mu}, problems {drawn}"
 
-    def problems(self, batch: int, micro: int) -> list[int]:
+    def micro_batches(self, batch: int) -> list[int]:
+        """Global numbers of this process's micro-batches; two processes share what one would do in twice as many."""
+        first = batch * self.cfg.grad_accum * self.world + self.rank
+        return [first + i * self.world for i in range(self.cfg.grad_accum)]
+
+    def problems(self, micro: int) -> list[int]:
         """Indices of the prompts of a micro-batch, bs_rl / G of them."""
         count, n = self.cfg.bs_rl // self.cfg.group, len(self.examples)
-        first = (batch * self.cfg.grad_accum + micro) * count
+        first = micro * count
         return [self.streams.order("rl_order", i // n, n)[i % n] for i in range(first, first + count)]
 
     @torch.no_grad()
-    def draw(self, batch: int, micro: int) -> Rollout:
+    def draw(self, micro: int) -> Rollout:
         """Algorithm 1, lines 3 to 6: sample G completions a prompt, score them, compute advantages."""
         cfg, tok = self.cfg, self.tokenizer
-        examples = [self.examples[i] for i in self.problems(batch, micro) for _ in range(cfg.group)]
-        prompts = [encode_prompt(tok, self.ask(e))[-cfg.max_prompt :] for e in examples]
+        examples = [self.examples[i] for i in self.problems(micro) for _ in range(cfg.group)]
+        encoded = [encode_prompt(tok, self.ask(e)) for e in examples[:: cfg.group]]
+        cut = sum(len(p) > cfg.max_prompt for p in encoded) / len(encoded)
+        prompts = [p[-cfg.max_prompt :] for p in encoded for _ in range(cfg.group)]
         prompt, real = pad_left(prompts, tok.pad_token_id, self.device)  # (B, P)
-        first_row = (batch * cfg.grad_accum + micro) * cfg.bs_rl
+        rows = range(micro * cfg.bs_rl, (micro + 1) * cfg.bs_rl)  # global numbers, which key the random streams
         ids = diffuse_decode(
             self.model, prompt, mask_id=tok.mask_token_id, attention_mask=real, gen_length=cfg.gen_length,
             block_length=cfg.block_length, steps=cfg.diffusion_steps or None, temperature=cfg.temperature,
             eos_id=tok.eos_token_id, stop_at_eos=True,
-            generator=[self.streams.generator("rollout", first_row + i) for i in range(len(examples))],
+            generator=[self.streams.generator("rollout", i) for i in rows],
         )
         completion = ids[:, prompt.shape[1] :]  # (B, C)
         texts = reply_texts(tok, completion)
@@ -1508,9 +1712,11 @@ class DiffuGRPO(Stage):
         question = self.ask(examples[0])[-1]["content"].splitlines()[-1]
         self.sample = f"{question} -> {texts[0]!r} (reward {rewards[0]:.2f})"
         # [D2] official, with accumulation 2, meets 6 of its 12 masks twice (diffu_grpo_trainer.py:96,
-        #      373). here: mu masks, each from a stream of its own.
-        streams = [self.streams.generator("hide", batch, micro, k) for k in range(cfg.mu)]
-        hide = [draw_prompt_mask(real, cfg.pmask, stream) for stream in streams]
+        #      373). here: mu masks a row, drawn over its real tokens from a stream of its own.
+        shapes = [(torch.ones(cfg.mu, len(p), dtype=torch.bool), self.streams.generator("hide", i))
+                  for p, i in zip(prompts, rows, strict=True)]
+        masks = [draw_prompt_mask(tokens, cfg.pmask, stream) for tokens, stream in shapes]  # (mu, its length) each
+        hide = torch.stack([F.pad(m, (prompt.shape[1] - m.shape[1], 0)) for m in masks], dim=1).to(self.device)
         # [D9] official runs all mu masks of old and ref in one forward, 7.7 GiB of logits at 8B.
         #      here: one mask at a time, the same numbers.
         logp_old = [one_step_logp(self.model, prompt, completion, h, tok.mask_token_id, real) for h in hide]
@@ -1518,28 +1724,31 @@ class DiffuGRPO(Stage):
         if cfg.beta:
             with self.reference() as ref:
                 logp_ref = [one_step_logp(ref, prompt, completion, h, tok.mask_token_id, real) for h in hide]
+        parts = {f"reward/{k}": sum(s[k] for s in scores) / len(scores) for k in scores[0]}
         return Rollout(prompt, real, completion, live_tokens(completion, tok.eos_token_id), rewards,
                        group_advantages(rewards, cfg.group), hide, logp_old, logp_ref,
-                       {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]})
+                       {**parts, "prompts_cut": cut})
 
     def update(self) -> dict[str, float]:
         """Algorithm 1, lines 7 to 11: inner update k on its own prompt mask."""
         batch, k = divmod(self.step, self.cfg.mu)
         if k == 0 or not self.batch:
-            self.batch = [self.draw(batch, micro) for micro in range(self.cfg.grad_accum)]
-        total: dict[str, float] = {}
+            self.batch = [self.draw(micro) for micro in self.micro_batches(batch)]
+        rows = []
         for r in self.batch:
-            logp = one_step_logp(self.model, r.prompt, r.completion, r.hide[k], self.tokenizer.mask_token_id, r.real)
-            loss, metrics = diffu_grpo_loss(
-                logp, r.logp_old[k], r.logp_ref[k] if r.logp_ref else None, r.advantages, r.live,
-                eps=self.cfg.eps, beta=self.cfg.beta, norm=self.cfg.norm)
-            self.backward(loss, 1 / len(self.batch))
+            # the gradient is averaged over processes once, with the last micro-batch
+            sync = contextlib.nullcontext() if r is self.batch[-1] else self.accel.no_sync(self.net)
+            with sync, self.precision():
+                logp = one_step_logp(self.net, r.prompt, r.completion, r.hide[k], self.tokenizer.mask_token_id, r.real)
+                loss, metrics = diffu_grpo_loss(
+                    logp, r.logp_old[k], r.logp_ref[k] if r.logp_ref else None, r.advantages, r.live,
+                    eps=self.cfg.eps, beta=self.cfg.beta, norm=self.cfg.norm)
+                self.backward(loss, 1 / len(self.batch))
             spread = r.rewards.view(-1, self.cfg.group).std(1)  # (B/G,)
             length = r.live.sum(1).float().mean()
             row = {"loss": loss, "reward": r.rewards.mean(), "reward_std": spread.mean(), "length": length, **metrics}
-            row = {n: float(v.detach()) for n, v in row.items()} | {f"reward/{n}": v for n, v in r.parts.items()}
-            total = {n: total.get(n, 0.0) + v / len(self.batch) for n, v in row.items()}
-        return {**total, "grad_norm": self.apply_gradient(), "inner": k}
+            rows.append({n: float(v.detach()) for n, v in row.items()} | r.parts)
+        return {**self.average(rows), "grad_norm": self.apply_gradient(), "inner": k}
 
     def check(self, screen: Screen) -> dict[str, float]:
         """Score held-out problems; remember the best weights so far."""
@@ -1561,30 +1770,39 @@ class DiffuGRPO(Stage):
                 p.copy_(best)
 
 
+def eval_mode(model) -> None:
+    """No dropout. Gradient checkpointing, which transformers does in training mode only, stays on."""
+    model.eval()
+    for module in model.modules():
+        module.training = bool(getattr(module, "gradient_checkpointing", False))
+
+
 def freeze_reference(model) -> Callable[[], contextlib.AbstractContextManager]:
-    """A frozen copy of the policy: a second adapter under LoRA, else a copy of the model.
+    """The policy as it is now: under LoRA all adapters but a new one to train, else a copy of the model.
 
     Returns a function that gives a context manager; inside it, its value is the reference.
     """
     if not hasattr(model, "peft_config"):
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
         return lambda: contextlib.nullcontext(frozen)
-    model.add_adapter("reference", model.peft_config["default"])
-    weights = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, p in weights.items():
-            if ".default." in name:
-                weights[name.replace(".default.", ".reference.")].copy_(p)
+    learned = {n: p for n, p in model.named_parameters() if ".default." in n}
+    if any(bool(p.any()) for n, p in learned.items() if "lora_B" in n):  # stage 1 in this same run
+        model.add_adapter("stage1", model.peft_config["default"])
+        weights = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, p in learned.items():
+                weights[name.replace(".default.", ".stage1.")].copy_(p)
+                p.mul_("lora_B" not in name)  # "default" starts again from no change
+        activate_adapters(model)
 
     @contextlib.contextmanager
     def reference():
-        model.set_adapter("reference")
+        model.base_model.set_adapter([name for name in model.peft_config if name != "default"])
         try:
             yield model
         finally:
-            model.set_adapter("default")
+            activate_adapters(model)
 
-    model.set_adapter("default")
     return reference
 
 
@@ -1611,18 +1829,25 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
 def generate(
     model, tokenizer, task: Task, examples: Sequence[dict], cfg: Settings, gen_length: int, tick=None
 ) -> Iterator[tuple[int, dict]]:
-    """Greedy replies, length / 2 steps: yields (index, record in the official generations schema)."""
-    model.eval()
+    """Greedy replies, length / 2 steps: yields (index, record in the official generations schema).
+
+    Each process takes its share of the examples; `gather_generations` brings them together.
+    """
+    eval_mode(model)
+    check_positions(model, cfg.max_prompt + gen_length)
     device = next(model.parameters()).device
-    prompts = [encode_prompt(tokenizer, task.messages(e))[-cfg.max_prompt :] for e in examples]
+    encoded = [encode_prompt(tokenizer, task.messages(e)) for e in examples]
+    prompts = [p[-cfg.max_prompt :] for p in encoded]
     order = sorted(range(len(examples)), key=lambda i: len(prompts[i]))  # equal lengths pad least
+    order = order[processes().process_index :: processes().num_processes]
     for first in range(0, len(order), cfg.bs_eval):
         chosen = order[first : first + cfg.bs_eval]
         ids, real = pad_left([prompts[i] for i in chosen], tokenizer.pad_token_id, device)
-        out = diffuse_decode(
-            model, ids, mask_id=tokenizer.mask_token_id, attention_mask=real, gen_length=gen_length,
-            block_length=cfg.block_length, eos_id=tokenizer.eos_token_id, stop_at_eos=True,
-        )
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            out = diffuse_decode(
+                model, ids, mask_id=tokenizer.mask_token_id, attention_mask=real, gen_length=gen_length,
+                block_length=cfg.block_length, eos_id=tokenizer.eos_token_id, stop_at_eos=True,
+            )
         completion = out[:, ids.shape[1] :]  # (B, C)
         ended = (completion == tokenizer.eos_token_id).any(1)  # (B,)
         effective = live_tokens(completion, tokenizer.eos_token_id).sum(1) - ended.long()  # (B,) before the EOS
@@ -1630,9 +1855,17 @@ def generate(
         for i, text, n, end in zip(chosen, texts, effective.tolist(), ended.tolist(), strict=True):
             asked = {"question": task.question(examples[i]), "prompt_input": tokenizer.decode(prompts[i])}
             reply = {"generations": text, "ground_truth": task.ground_truth(examples[i])}
-            yield i, {**asked, **reply, "effective_tokens": n, "ended": end}
+            cut = len(encoded[i]) > cfg.max_prompt
+            yield i, {**asked, **reply, "effective_tokens": n, "ended": end, "prompt_cut": cut}
         if tick:
-            tick(len(chosen))
+            tick(min(len(chosen) * processes().num_processes, len(examples)))
+
+
+def gather_generations(generations: Iterable[tuple[int, dict]]) -> list[dict]:
+    """The records of all processes, in the order of their examples."""
+    from accelerate.utils import gather_object
+
+    return [record for _, record in sorted(gather_object(list(generations)), key=lambda pair: pair[0])]
 
 
 def evaluate(
@@ -1641,9 +1874,11 @@ def evaluate(
     """Accuracy of greedy decoding on `examples`: (entry of eval.json, content of the generations file)."""
     began = time.perf_counter()
     screen.start(f"eval {row} {gen_length}", len(examples), 0)
-    done = dict(generate(model, tokenizer, task, examples, cfg, gen_length, lambda n: screen.advance({}, n)))
-    records = [done[i] for i in range(len(examples))]
+    records = gather_generations(
+        generate(model, tokenizer, task, examples, cfg, gen_length, lambda n: screen.advance({}, n)))
     screen.stop()
+    if n_cut := sum(r["prompt_cut"] for r in records):
+        screen.say(f"{n_cut} of {len(records)} prompts are over --max_prompt {cfg.max_prompt}: cut on the left")
     grades = [grade_generation(task.name, r) for r in records]
     official = [grade_generation(task.name, r, "official") for r in records]
     n, hits = len(records), sum(g.correct for g in grades)
@@ -1651,7 +1886,7 @@ def evaluate(
     entry = {
         "task": task.name, "row": row, "gen_length": gen_length, "data": cfg.data, "n": n,
         "accuracy": hits / n, "low": low, "high": high, "official": sum(g.score for g in official) / n,
-        "effective_tokens": sum(r["effective_tokens"] for r in records) / n,
+        "effective_tokens": sum(r["effective_tokens"] for r in records) / n, "prompts_cut": n_cut,
         "ended": sum(r["ended"] for r in records) / n, "answered": sum(g.answer is not None for g in grades) / n,
     }
     if task.name == "sudoku":
@@ -1687,7 +1922,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write aside, fsync, rename: after a kill the old file or the new one is there, never half."""
+    """Write aside, fsync, rename: after a kill the old file or the new one is there. One process writes."""
+    if not processes().is_main_process:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     write(part)
@@ -1697,9 +1934,10 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def append_jsonl(path: Path, row: dict) -> None:
-    """Add one line to a log."""
-    with path.open("a", encoding="utf-8") as f:
-        f.write(json.dumps(row) + "\n")
+    """Add one line to a log; one process does."""
+    if processes().is_main_process:
+        with path.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
 
 
 def save_trainer(stage: Stage) -> None:
@@ -1735,13 +1973,61 @@ def drop_later_metrics(path: Path, name: str, step: int) -> None:
 
 def export_model(model, tokenizer, out: Path, state: dict) -> None:
     """Save weights (adapter or full) and tokenizer in hub format, then d1_state.json, which says it is whole."""
+    processes().wait_for_everyone()
+    if not processes().is_main_process:
+        return
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
-        options = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}
-        model.save_pretrained(folder, **options)
-        tokenizer.save_pretrained(folder)
-        for file in sorted(Path(folder).iterdir()):
+        saved = Path(folder)
+        if not hasattr(model, "peft_config"):
+            model.save_pretrained(saved, save_original_format=False)  # else LLaDA's names under Llama's config
+        elif len(stacked := list(model.peft_config)) > 1:  # the stages' adapters as one, of the ranks' sum: exact
+            model.add_weighted_adapter(stacked, [1.0] * len(stacked), "joined", combination_type="cat")
+            model.save_pretrained(saved, selected_adapters=["joined"], save_embedding_layers=False)
+            model.delete_adapter("joined")
+            activate_adapters(model)
+            saved = saved / "joined"
+        else:
+            model.save_pretrained(saved, selected_adapters=stacked, save_embedding_layers=False)
+        tokenizer.save_pretrained(saved)
+        for file in sorted(p for p in saved.iterdir() if p.is_file()):
             write_whole(out / file.name, lambda part, file=file: shutil.move(file, part))
     write_json(out / "d1_state.json", state)
+
+
+def export_merged(model, tokenizer, out: Path, form: str) -> None:
+    """All weights in one checkpoint, adapters merged: for plain transformers, or "llada" for LLaDA's own code."""
+    if not processes().is_main_process:
+        return
+    config = model.config
+    if form == "llada" and config.model_type != "llama":
+        raise UserError(f"--export llada needs LLaDA's network, which is Llama's; this model is {config.model_type}")
+    if hasattr(model, "peft_config"):
+        model = copy.deepcopy(model).merge_and_unload()
+    if getattr(config, "quantization_config", None):
+        model = model.dequantize(torch.bfloat16)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out)
+    if form != "llada":
+        model.save_pretrained(out, save_original_format=False)
+        return
+    weights = {llada_name(k): v for k, v in model.state_dict().items()}
+    model.save_pretrained(out, state_dict=weights, save_original_format=False)
+    raw = LLADA_8B | dict(
+        d_model=config.hidden_size, n_layers=config.num_hidden_layers, n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_key_value_heads, mlp_hidden_size=config.intermediate_size, vocab_size=config.vocab_size,
+        embedding_size=config.vocab_size, max_sequence_length=config.max_position_embeddings,
+        rope_theta=config.rope_parameters["rope_theta"], rms_norm_eps=config.rms_norm_eps,
+        mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, torch_dtype=str(model.dtype).split(".")[1])
+    write_json(out / "config.json", raw)
+
+
+def llada_name(name: str) -> str:
+    """A Llama weight's name in a LLaDA checkpoint."""
+    stem, _, end = name.rpartition(".")
+    if block := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem):
+        return f"model.transformer.blocks.{block[1]}.{LLADA_BLOCK[block[2]]}.{end}"
+    return f"{LLADA_NAMES[stem]}.{end}"
 
 
 def run_state(cfg: Settings, stages: list[str], origin: str) -> dict:
@@ -1757,13 +2043,14 @@ def run_state(cfg: Settings, stages: list[str], origin: str) -> dict:
 
 # %% 14. Screen and logs
 class Screen:
-    """All that is printed: rich bars and tables on a terminal, plain lines elsewhere."""
+    """All that is printed, by one process: rich bars and tables on a terminal, plain lines elsewhere."""
 
     def __init__(self):
         from rich.console import Console
 
-        self.live = sys.stdout.isatty()
-        self.console = Console(highlight=False, soft_wrap=True, width=None if self.live else 160)
+        self.live = sys.stdout.isatty() and processes().is_main_process
+        self.console = Console(highlight=False, soft_wrap=True, width=None if self.live else 160,
+                               quiet=not processes().is_main_process)
         self.bar = None
 
     def say(self, text: str) -> None:
@@ -1905,26 +2192,18 @@ def build_parser() -> Parser:
     return parser
 
 
-def read_config_file(path: str) -> dict:
-    """Flags from a YAML file: known names only, each of its type."""
+def config_words(path: str) -> list[str]:
+    """A YAML file's settings as command-line words, so that one parser reads both."""
     import yaml
 
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"--config {path}: {' '.join(str(e).split())}") from e
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: write one 'flag: value' a line")
-    fields = {f.name: f for f in dataclasses.fields(Settings)}
-    for name, value in content.items():
-        if name not in fields:
-            raise UserError(f"--config {path}: unknown setting {name!r}{suggest(str(name), fields)}")
-        kind = {"int": int, "float": (int, float), "str": str, "bool": bool}[fields[name].type]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise UserError(f"--config {path}: {name} must be of type {fields[name].type}, not {value!r}")
-        if (choices := fields[name].metadata["choices"]) and value not in choices:
-            raise UserError(f"--config {path}: {name} must be one of {', '.join(choices)}, not {value!r}")
-    return content
+    with refusing(f"--config {path}"):
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as e:
+            raise ValueError(e) from e
+        if not isinstance(content, dict) or any(isinstance(v, dict | list | None) for v in content.values()):
+            raise ValueError("write one 'flag: value' a line")
+    return [f"--{k}" if v is True else f"--no-{k}" if v is False else f"--{k}={v}" for k, v in content.items()]
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -1933,23 +2212,31 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def read_flags(argv: Sequence[str] | None) -> dict[str, tuple[Any, str]]:
-    """What the user gave: {name: (value, "command line" or "config")}; the command line wins."""
-    parser = build_parser()
-    known, unknown = parser.parse_known_args(argv)
+def parse_words(words: Sequence[str] | None) -> dict[str, Any]:
+    """The flags among command-line words, and their values. UserError on a word that is none."""
+    known, unknown = build_parser().parse_known_args(words)
     if unknown:
         names = [f"--{f.name}" for f in dataclasses.fields(Settings)]
         raise UserError(f"unknown argument {unknown[0]}{suggest(unknown[0].split('=')[0], names)} (--help lists all)")
-    given = {k: (v, "command line") for k, v in vars(known).items() if v is not None}
+    return {k: v for k, v in vars(known).items() if v is not None}
+
+
+def read_flags(argv: Sequence[str] | None) -> dict[str, tuple[Any, str]]:
+    """What the user gave: {name: (value, "command line" or "config")}; the command line wins."""
+    given = {k: (v, "command line") for k, v in parse_words(argv).items()}
     if "config" in given:
-        given = {k: (v, "config") for k, v in read_config_file(given["config"][0]).items()} | given
+        path = given["config"][0]
+        try:
+            given = {k: (v, "config") for k, v in parse_words(config_words(path)).items()} | given
+        except UserError as e:
+            raise UserError(f"--config {path}: {str(e).removeprefix(f'--config {path}: ')}") from e
     return given
 
 
 def settle(given: dict[str, tuple[Any, str]]) -> tuple[Settings, dict[str, str]]:
     """Fill every setting: given, else the preset's default. Returns (settings, {name: where it came from})."""
     task = given.get("task", ("", ""))[0]
-    if not task:
+    if not task and "export" not in given:
         raise UserError(f"--task is needed: one of {', '.join(TASK_CHOICES)}")
     model = given.get("model", ("tiny", ""))[0]
     preset = given.get("preset", ("auto", ""))[0]
@@ -1997,20 +2284,23 @@ def validate(cfg: Settings) -> None:
         raise UserError("--task sft_only and --skip_sft leave nothing to do")
     if cfg.model == "tiny" and (cfg.use_lora or cfg.load_4bit):
         raise UserError("--model tiny starts from random weights: train it without --use_lora and --load_4bit first")
-    if cfg.load_4bit and not cfg.use_lora and not cfg.eval_only:
+    if cfg.load_4bit and not cfg.use_lora and cfg.task and not cfg.eval_only:
         raise UserError("--load_4bit weights cannot be trained: add --use_lora")
+    for flag, package in (("load_4bit", "bitsandbytes"), ("attn", "flash_attn")):
+        if getattr(cfg, flag) in (True, "flash_attention_2") and not importlib.util.find_spec(package):
+            raise UserError(f"--{flag} needs the package {package}; requirements.txt says how to install it")
+    if cfg.attn == "flash_attention_2" and not torch.cuda.is_available():
+        raise UserError("--attn flash_attention_2 needs a CUDA GPU: use --attn auto")
     if cfg.model != "tiny":
-        resolve_checkpoint(cfg.model)
+        base_of(cfg.model)
     for source in filter(None, (cfg.data, cfg.sft_data)):
         check_source(source)
 
 
-def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task]) -> list[tuple[list[int], int]]:
+def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) -> list[tuple[list[int], int]]:
     """The SFT corpus as (ids, prompt_len): a file's traces, or generated demonstrations, most of them careless."""
     if cfg.sft_data:
-        pairs = [read_trace(row, cfg.sft_data) for row in read_rows(cfg.sft_data, "train")]
-        chats = [([{"role": "user", "content": f"{SYSTEM}\n\n{question}"}], reply) for question, reply in pairs]
-        return [encode_example(tokenizer, messages, reply) for messages, reply in chats]
+        return read_traces(cfg, tokenizer, screen)
     rng, rows = random.Random(f"sft/{cfg.seed}"), []
     for task in tasks:
         for example in task.examples("train", cfg.n_traces, seed=cfg.seed):
@@ -2019,15 +2309,39 @@ def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task]) -> list[tuple[list
     return rows
 
 
-def read_trace(row: dict, source: str) -> tuple[str, str]:
-    """(question, reply) of an SFT row: s1K's columns, or question and reply."""
-    if {"question", "thinking_trajectories", "attempt"} <= row.keys():
-        thoughts, answer = row["thinking_trajectories"][0], row["attempt"]
-        return row["question"], f"<reasoning>\n{thoughts}\n</reasoning>\n<answer>\n{answer}\n</answer>"
-    if {"question", "reply"} <= row.keys():
-        return row["question"], row["reply"]
-    needed = "question, thinking_trajectories, attempt (s1K) or question, reply"
-    raise UserError(f"{source}: needs columns {needed}; has {', '.join(row)}")
+def read_traces(cfg: Settings, tokenizer, screen: Screen) -> list[tuple[list[int], int]]:
+    """(ids, prompt_len) of each trace of --sft_data; rows that are malformed or too long are counted and named."""
+    rows, bad, long = [], [], []
+    for number, row in enumerate(read_rows(cfg.sft_data, "train"), 1):
+        question, reply = read_trace(row)
+        if not (isinstance(question, str) and isinstance(reply, str) and question and reply):
+            bad.append(number)
+            continue
+        ids, prompt_len = encode_example(tokenizer, [{"role": "user", "content": f"{SYSTEM}\n\n{question}"}], reply)
+        if prompt_len >= cfg.sft_length:
+            bad.append(number)
+            continue
+        if len(ids) > cfg.sft_length:
+            long.append(number)
+        rows.append((ids, prompt_len))
+    if not rows:
+        raise UserError(f"{cfg.sft_data}: no usable row; needs texts in the columns question, thinking_trajectories, "
+                        f"attempt (s1K) or question, reply, and prompts under --sft_length {cfg.sft_length} tokens")
+    screen.say(f"{cfg.sft_data}: {len(rows)} traces")
+    for numbers, why in ((bad, "malformed or all prompt, left out"), (long, f"cut at --sft_length {cfg.sft_length}")):
+        if numbers:
+            more = ", ..." if len(numbers) > 8 else ""
+            screen.say(f"  {len(numbers)} rows {why}: {', '.join(map(str, numbers[:8]))}{more}")
+    return rows
+
+
+def read_trace(row: dict) -> tuple[Any, Any]:
+    """(question, reply) of an SFT row: s1K's columns, or question and reply; None for what is not there."""
+    thoughts, answer = row.get("thinking_trajectories"), row.get("attempt")
+    thoughts = thoughts[0] if isinstance(thoughts, list) and thoughts else thoughts
+    if isinstance(thoughts, str) and thoughts and isinstance(answer, str):
+        return row.get("question"), f"<reasoning>\n{thoughts}\n</reasoning>\n<answer>\n{answer}\n</answer>"
+    return row.get("question"), row.get("reply")
 
 
 def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
@@ -2048,7 +2362,8 @@ def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
 
 def prepare_folder(cfg: Settings, out: Path, screen: Screen) -> None:
     """Make the run's folder; an earlier run in it is moved aside, unless it is resumed or only evaluated."""
-    if (out / "metrics.jsonl").exists() and not (cfg.resume or cfg.eval_only):
+    mine = processes().is_main_process
+    if mine and (out / "metrics.jsonl").exists() and not (cfg.resume or cfg.eval_only):
         if cfg.model != "tiny" and out.resolve() in [Path(cfg.model).resolve(), *Path(cfg.model).resolve().parents]:
             raise UserError(f"--model {cfg.model} lies in {out}, where this run would write: give another --output_dir")
         aside = next(p for i in itertools.count(1) if not (p := out.with_name(f"{out.name}.old{i}")).exists())
@@ -2057,6 +2372,7 @@ def prepare_folder(cfg: Settings, out: Path, screen: Screen) -> None:
     if cfg.resume and not (out / "trainer").exists():
         raise UserError(f"nothing to resume in {out}: run without --resume")
     out.mkdir(parents=True, exist_ok=True)
+    processes().wait_for_everyone()
 
 
 def run_stage(stage: Stage, stages: list[str], cfg: Settings, screen: Screen) -> None:
@@ -2067,7 +2383,11 @@ def run_stage(stage: Stage, stages: list[str], cfg: Settings, screen: Screen) ->
     if isinstance(stage, DiffuGRPO):
         stage.restore_best(screen)
     export_model(stage.model, stage.tokenizer, stage.out, run_state(cfg, stages, cfg.model))
-    plot_curves(stage.out)
+    if cfg.export:
+        export_merged(stage.model, stage.tokenizer, stage.out / cfg.export, cfg.export)
+    if processes().is_main_process:
+        plot_curves(stage.out)
+    processes().wait_for_everyone()
 
 
 def row_name(stages: Sequence[str]) -> str:
@@ -2089,15 +2409,15 @@ def run_benchmark(cfg: Settings, screen: Screen, out: Path, before: bool = True)
     if cfg.eval_only:
         return look(row=row_name(stages))
     if "sft" not in stages and not cfg.skip_sft:
-        run_stage(MaskedSFT(model, tokenizer, sft_rows(cfg, tokenizer, [task]), cfg, out), ["sft"], cfg, screen)
+        run_stage(MaskedSFT(model, tokenizer, sft_rows(cfg, tokenizer, [task], screen), cfg, out), ["sft"], cfg, screen)
         stages = ["sft"]
     entries = look(row=row_name(stages)) if before and not cfg.skip_eval else []
     stages = [s for s in stages if s != "diffu_grpo"] + ["diffu_grpo"]
     heldout = problems_of(cfg, task, "heldout")[: cfg.limit or 128]
 
     def check(model) -> float:
-        records = generate(model, tokenizer, task, heldout, cfg, cfg.gen_length)
-        return sum(grade_generation(task.name, r).correct for _, r in records) / len(heldout)
+        records = gather_generations(generate(model, tokenizer, task, heldout, cfg, cfg.gen_length))
+        return sum(grade_generation(task.name, r).correct for r in records) / len(heldout)
 
     def reward(texts, examples):
         return [task.rewards(t, e, cfg.preset == "official") for t, e in zip(texts, examples, strict=True)]
@@ -2109,14 +2429,28 @@ def run_benchmark(cfg: Settings, screen: Screen, out: Path, before: bool = True)
 
 def open_model(cfg: Settings, screen: Screen):
     """Load model and tokenizer as the settings say, and print what came."""
-    lora = (cfg.lora_r, cfg.lora_alpha) if cfg.use_lora else None
-    model, tokenizer = load_model(cfg.model, lora=lora, load_4bit=cfg.load_4bit, attn=cfg.attn, seed=cfg.seed)
+    trains_all = bool(cfg.task) and not (cfg.use_lora or cfg.eval_only)
+    adapts = cfg.use_lora and bool(cfg.task) and not cfg.eval_only
+    dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.float32 if trains_all else None
+    model, tokenizer = load_model(
+        cfg.model, dtype=dtype, load_4bit=cfg.load_4bit, attn=cfg.attn, seed=cfg.seed,
+        lora=(cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets) if adapts else None)
+    if trains_all and hasattr(model, "peft_config"):
+        model = model.merge_and_unload().requires_grad_(True)
+    if cfg.grad_checkpoint:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    ids = f"mask {tokenizer.mask_token_id}, EOS {tokenizer.eos_token_id}, pad {tokenizer.pad_token_id}"
-    machine = f"{next(model.parameters()).device}, {torch.get_num_threads()} CPU threads"
-    screen.say(f"model {cfg.model}: {total:,} parameters, {trained:,} trained; {ids}")
-    screen.say(f"preset {cfg.preset}, seed {cfg.seed}; {machine}")
+    screen.say(f"model {cfg.model}: {total:,} parameters, {trained:,} trained ({100 * trained / total:.2f} %)")
+    if adapts:
+        layers = collections.Counter(n.split(".")[-2] for n, _ in model.named_modules() if n.endswith("lora_A"))
+        what = ", ".join(f"{n} x{count}" for n, count in layers.items())
+        screen.say(f"LoRA r {cfg.lora_r}, alpha {cfg.lora_alpha} on {what}")
+    ids = dict(mask=tokenizer.mask_token_id, EOS=tokenizer.eos_token_id, EOT=turn_end(tokenizer)[0],
+               pad=tokenizer.pad_token_id)
+    screen.say("tokens " + ", ".join(f"{k} {i} {tokenizer.convert_ids_to_tokens(i)}" for k, i in ids.items()))
+    machine = f"{processes().num_processes} x {model.device}, {torch.get_num_threads()} CPU threads"
+    screen.say(f"preset {cfg.preset}, seed {cfg.seed}; {str(model.dtype).split('.')[1]}; {machine}")
     return model, tokenizer
 
 
@@ -2124,7 +2458,7 @@ def run_sft_only(cfg: Settings, screen: Screen, out: Path) -> list[dict]:
     """Stage 1 on all tasks' traces, one checkpoint."""
     prepare_folder(cfg, out, screen)
     model, tokenizer = open_model(cfg, screen)
-    rows = sft_rows(cfg, tokenizer, list(TASKS.values()))
+    rows = sft_rows(cfg, tokenizer, list(TASKS.values()), screen)
     run_stage(MaskedSFT(model, tokenizer, rows, cfg, out), ["sft"], cfg, screen)
     return [] if cfg.skip_eval else evaluate_tasks(cfg, model, tokenizer, "sft", screen, out)
 
@@ -2168,62 +2502,77 @@ def run_table1(cfg: Settings, given: dict, screen: Screen, out: Path) -> list[di
     return sorted(entries, key=lambda e: (list(TASKS).index(e["task"]), list(ROW_TITLES).index(e["row"])))
 
 
-def count_parameters(cfg: Settings) -> tuple[int, int, Any]:
-    """(all, trained, config) of the model, built without memory for its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
-
+def skeleton(cfg: Settings):
+    """The model without memory for its weights, for counting."""
     if cfg.model == "tiny":
-        model = tiny_model(build_tokenizer())
-    else:
-        name = resolve_checkpoint(cfg.model)
-        name = read_json(Path(name, "adapter_config.json")).get("base_model_name_or_path", name)
-        raw = read_config(name)
-        with torch.device("meta"):
-            if raw.get("model_type") == "llada":
-                model = LlamaForCausalLM(llada_config(raw))
-            else:
-                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
-    total = sum(p.numel() for p in model.parameters())
-    head = model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    trained = sum(cfg.lora_r * (m.in_features + m.out_features) for m in linear) if cfg.use_lora else total
-    return total, trained, model.config
+        return tiny_model(build_tokenizer())
+    base = base_of(cfg.model)
+    raw = LLADA_8B if base in ALIASES.values() else read_config(base)  # known without a network
+    with refusing(f"cannot load {base}"), torch.device("meta"):
+        network, config = network_of(base, raw)
+        model = getattr(network, "from_config", network._from_config)(config)
+        lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
+        return adapt_with_lora(model, *lora) if cfg.use_lora and not cfg.eval_only else model
+
+
+def bytes_per_token(config, r: int, checkpointing: bool) -> float:
+    """Memory that one token leaves behind for backward, in bytes: bf16 arithmetic, fused attention.
+
+    A block keeps: two norms' inputs in fp32, q, k, v and the attention's output, three of the
+    MLP's inner width; with LoRA also each adapted layer's input and its r inner values.
+    """
+    d, layers = config.hidden_size, config.num_hidden_layers
+    f = getattr(config, "intermediate_size", None) or 4 * d
+    block = 8 * d + 8 * d + 6 * f + (2 * (6 * d + f + 7 * r) if r else 2 * (3 * d + f))
+    return 2 * d * layers + block if checkpointing else block * layers
 
 
 def plan(cfg: Settings) -> list[tuple[str, str]]:
     """What the run will need: (quantity, value) lines for --dry_run."""
-    total, trained, config = count_parameters(cfg)
-    width = {"tiny": 24}.get(cfg.preset, cfg.max_prompt)  # tokens of a prompt, at most
+    model = skeleton(cfg)
+    config, gib, sized = model.config, 2**30, "tiny" if cfg.preset == "tiny" else "real"
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * (not cfg.eval_only)
+    adapters = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    total = sum(p.numel() for p in model.parameters()) - adapters
+    packed = sum(m.weight.numel() for m in block_linears(model).values()) if cfg.load_4bit else 0
+    width = 4 if sized == "tiny" or not (cfg.use_lora or cfg.eval_only) else 2  # bytes of a weight; NF4 has .516
     sft = cfg.task in ("sft_only", "table1") or (cfg.task in RL_TASKS and not cfg.skip_sft and not cfg.eval_only)
     rl = cfg.task in RL_TASKS and not cfg.eval_only
-    steps = cfg.diffusion_steps or cfg.gen_length // 2
-    batches, row = -(-cfg.steps_rl // cfg.mu), width + cfg.gen_length
-    completions = cfg.bs_rl * cfg.grad_accum
-    forwards = {
-        "SFT: forward + backward passes": (cfg.steps_sft * sft, cfg.bs_sft * cfg.sft_length, 6),
-        "RL rollouts: forward passes": (batches * steps * cfg.grad_accum * rl, cfg.bs_rl * row, 2),
-        "RL old and reference: forward passes": (batches * cfg.mu * (2 if cfg.beta else 1) * cfg.grad_accum * rl,
-                                                 cfg.bs_rl * row, 2),
-        "RL updates: forward + backward passes": (cfg.steps_rl * cfg.grad_accum * rl, cfg.bs_rl * row, 6),
+    prompt = 24 if sized == "tiny" else cfg.max_prompt
+    steps, batches = cfg.diffusion_steps or cfg.gen_length // 2, -(-cfg.steps_rl // cfg.mu)
+    row, back = prompt + cfg.gen_length, 4 if cfg.use_lora else 6  # LoRA needs no gradient of the frozen weights
+    work = {  # name: (passes an update, updates, tokens a pass, FLOPs a weight and token)
+        "SFT: forward + backward passes": (1, cfg.steps_sft * sft, cfg.bs_sft * cfg.sft_length, back),
+        "RL rollouts: forward passes": (steps * cfg.grad_accum / cfg.mu, cfg.steps_rl * rl, cfg.bs_rl * row, 2),
+        "RL old, reference: forward passes": ((1 + (cfg.beta > 0)) * cfg.grad_accum, cfg.steps_rl * rl,
+                                              cfg.bs_rl * row, 2),
+        "RL updates: forward + backward passes": (cfg.grad_accum, cfg.steps_rl * rl, cfg.bs_rl * row, back),
     }
-    lines = [("parameters, of which trained", f"{total:,}, {trained:,}")]
-    flops = 0.0
-    for name, (count, tokens, cost) in forwards.items():
-        flops += count * tokens * cost * total
-        lines.append((name, f"{count:,} of {tokens:,} tokens"))
-    weight = 0.56 if cfg.load_4bit else 4 if cfg.preset == "tiny" else 2  # bytes a parameter; NF4 with its scales
-    rows = max(cfg.bs_sft * cfg.sft_length * sft, cfg.bs_rl * row * rl)
+    weights = total - model.get_input_embeddings().weight.numel()
+    lines, whole = [("parameters, of which trained", f"{total + adapters:,}, {trained:,}")], 0.0
+    for name, (passes, updates, tokens, cost) in work.items():
+        if updates:
+            flops = passes * tokens * cost * (weights + 2 * config.hidden_size * config.num_hidden_layers
+                                              * (row if name.startswith("RL") else cfg.sft_length))
+            whole += flops * updates
+            lines.append((name, f"{passes:g} of {tokens:,} tokens an update, {flops:.2e} FLOPs; "
+                                f"{passes * updates:,.0f} in the run"))
+    lines.append(("FLOPs of training, a process", f"{whole:.2e}: {whole / 2e14 / 3600:,.1f} h at 200 TFLOP/s"))
+    if rl:
+        lines.append(("completions a rollout batch, batches", f"{cfg.bs_rl * cfg.grad_accum}, {batches:,} a process"))
     copies = 2 if rl and cfg.beta and not cfg.use_lora else 1  # the frozen reference
-    gib = 2**30
-    lines += [
-        ("completions per rollout batch, batches", f"{completions}, {batches if rl else 0:,}"),
-        ("FLOPs of training, about", f"{flops:.2e}"),
-        ("memory: weights" + (" and reference" if copies == 2 else ""), f"{total * weight * copies / gib:.3f} GiB"),
-        ("memory: gradients and AdamW", f"{trained * 12 / gib:.3f} GiB"),
-        ("memory: logits of one pass, fp32", f"{rows * config.vocab_size * 4 / gib:.3f} GiB"),
-        ("disk: weights and trainer state", f"{(trained * 4 + trained * 12) / gib:.3f} GiB"),
-        ("evaluation lengths, steps", ", ".join(f"{n}: {n // 2}" for n in eval_lengths(cfg))),
-    ]
+    tokens = max(min(cfg.rows_sft, cfg.bs_sft) * cfg.sft_length * sft, cfg.bs_rl * row * rl)
+    replies = max(min(cfg.rows_sft, cfg.bs_sft) * cfg.sft_length // 2 * sft, cfg.bs_rl * cfg.gen_length * rl)
+    left = bytes_per_token(config, cfg.lora_r * cfg.use_lora, cfg.grad_checkpoint) * tokens
+    memory = {
+        "weights" + " and reference" * (copies == 2): copies * (packed * 0.516 + (total - packed) * width),
+        "adapters": 4.0 * adapters, "gradients": 4.0 * trained, "AdamW": 8.0 * trained, "activations": left,
+        "logits": config.vocab_size * (12.0 * replies + 2 * tokens),
+    }
+    lines += [(f"memory: {k}", f"{v / gib:.3f} GiB") for k, v in memory.items() if v]
+    lines += [("memory: peak, about", f"{sum(memory.values()) / gib:.2f} GiB"),
+              ("disk: weights and trainer state", f"{trained * 16 / gib:.3f} GiB"),
+              ("evaluation lengths, steps", ", ".join(f"{n}: {n // 2}" for n in eval_lengths(cfg)))]
     return lines
 
 
@@ -2237,6 +2586,11 @@ def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
 def run(cfg: Settings, given: dict, screen: Screen) -> None:
     """Do the task and show its results."""
     torch.set_num_threads(cfg.threads or min(torch.get_num_threads(), 8))
+    if not cfg.task:
+        model, tokenizer = open_model(cfg, screen)
+        export_merged(model, tokenizer, Path(cfg.output_dir), cfg.export)
+        screen.say(f"{cfg.model} is now in {cfg.output_dir}, in the form {cfg.export}")
+        return
     began, out = time.monotonic(), Path(cfg.output_dir) / {"sft_only": "sft"}.get(cfg.task, cfg.task)
     try:
         if cfg.task == "table1":

@@ -14,7 +14,7 @@ def sft(cfg, tiny, out, **changes):
     for k, v in changes.items():
         setattr(cfg, k, v)
     out.mkdir(parents=True, exist_ok=True)
-    return d1.MaskedSFT(model, tok, d1.sft_rows(cfg, tok, [d1.TASKS["sudoku"]]), cfg, out)
+    return d1.MaskedSFT(model, tok, d1.sft_rows(cfg, tok, [d1.TASKS["sudoku"]], d1.Screen()), cfg, out)
 
 
 def grpo(cfg, tiny, out, reward=None, lora=None):
@@ -138,7 +138,7 @@ class NoLinear(torch.nn.Module):
 
 def test_each_inner_update_has_its_own_prompt_mask(tiny, quick, tmp_path):
     stage = grpo(quick(mu=5, bs_rl=4, grad_accum=2, pmask=0.5, steps_rl=5), tiny, tmp_path)
-    batches = [stage.draw(0, micro) for micro in (0, 1)]
+    batches = [stage.draw(micro) for micro in stage.micro_batches(0)]
     masks = {tuple(h.flatten().tolist()) for b in batches for h in b.hide}
     assert len(masks) == 10  # official, with accumulation 2, would meet half of them twice
     for b in batches:
@@ -150,7 +150,7 @@ def test_each_inner_update_has_its_own_prompt_mask(tiny, quick, tmp_path):
 
 
 def test_groups_are_of_one_prompt_and_completions_differ(tiny, quick, tmp_path):
-    b = grpo(quick(group=2, bs_rl=4), tiny, tmp_path).draw(0, 0)
+    b = grpo(quick(group=2, bs_rl=4), tiny, tmp_path).draw(0)
     assert torch.equal(b.prompt[0], b.prompt[1]) and not torch.equal(b.prompt[1], b.prompt[2])
     assert not torch.equal(b.completion[0], b.completion[1])
     assert b.advantages.view(2, 2).sum(1).abs().max() < 1e-6
