@@ -96,10 +96,8 @@ from torch import Tensor
 class UserError(Exception):
     """A mistake in flags, files or values that the user can mend: one line, exit status 2."""
 
-
 class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite; the message names the step and the batch."""
-
 
 def opt(paper, help, source="ours", *, official=None, tiny=None, choices=(), low=None, high=None):
     """Declare a setting. A default may be a dict by task, "*" for the rest; None = as the paper."""
@@ -108,13 +106,11 @@ def opt(paper, help, source="ours", *, official=None, tiny=None, choices=(), low
     meta = dict(columns=columns, help=help, source=source, choices=choices, low=low, high=high)
     return field(default=None, metadata=meta)
 
-
 RL_TASKS = ("gsm8k", "math500", "count", "sudoku")
 TASK_CHOICES = ("sft_only", *RL_TASKS, "table1")
 PRESETS = ("auto", "paper", "official", "tiny")
 HUB_ROWS = 20000  # more problems than the paper's longest run draws
 STEPS_RL = {"gsm8k": 7700, "math500": 6600, "count": 5000, "sudoku": 3800, "*": 5000}
-
 
 @dataclass
 class Settings:
@@ -201,11 +197,9 @@ def draw_uniform(shape: Sequence[int], generator: torch.Generator, device) -> Te
     """Uniform [0, 1) drawn where the generator lives, so a seed means the same on CPU and GPU."""
     return torch.rand(shape, generator=generator, device=generator.device).to(device)
 
-
 def sample_t(n: int, generator: torch.Generator, device=None, eps: float = 1e-3) -> Tensor:
     """Draw n noise levels t = u (1 - eps) + eps, u ~ U[0, 1): (n,) in [eps, 1). The floor bounds 1/t."""
     return draw_uniform((n,), generator, device) * (1 - eps) + eps
-
 
 def forward_process(
     x0: Tensor, t: Tensor, keep: Tensor, mask_id: int, generator: torch.Generator
@@ -251,7 +245,6 @@ def extend_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
         return None
     return F.pad(attention_mask.bool(), (0, length - attention_mask.shape[1]), value=True)
 
-
 def guided_logits(
     model, canvas: Tensor, is_prompt: Tensor, mask_id: int, attention_mask: Tensor | None, cfg_scale: float
 ) -> Tensor:
@@ -267,11 +260,9 @@ def guided_logits(
     cond, uncond = model(both, attention_mask=attend).logits.chunk(2)  # (B, L, V) each
     return uncond + (cfg_scale + 1) * (cond - uncond)
 
-
 def draw_prompt_mask(real: Tensor, pmask: float, generator: torch.Generator) -> Tensor:
     """Draw which prompt tokens q' hides: each real one with probability p_mask. (B, P) -> (B, P)."""
     return (draw_uniform(real.shape, generator, real.device) < pmask) & real
-
 
 def one_step_logp(
     model, prompt: Tensor, completion: Tensor, hide: Tensor, mask_id: int,
@@ -310,12 +301,10 @@ def group_advantages(rewards: Tensor, group: int) -> Tensor:
     r = rewards.float().view(-1, group)  # (B/G, G)
     return (r - r.mean(1, keepdim=True)).flatten()
 
-
 def live_tokens(completion: Tensor, eos_id: int) -> Tensor:
     """True up to and with the first EOS; what follows it is padding. (B, C) -> (B, C) bool."""
     ended = (completion == eos_id).long().cumsum(1)  # (B, C) EOS seen so far, this token included
     return (ended - (completion == eos_id).long()) == 0
-
 
 def token_objective(logp: Tensor, logp_old: Tensor | None, advantages: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The clipped surrogate of one token, as in GRPO.   d1 Eq. (3), Sec. 2
@@ -329,7 +318,6 @@ def token_objective(logp: Tensor, logp_old: Tensor | None, advantages: Tensor, e
     gain = rho * advantages[:, None]  # (B, C)
     bound = rho.clamp(1 - eps, 1 + eps) * advantages[:, None]  # (B, C)
     return torch.min(gain, bound), bound < gain
-
 
 def diffu_grpo_loss(
     logp: Tensor, logp_old: Tensor | None, logp_ref: Tensor | None, advantages: Tensor, live: Tensor,
@@ -379,7 +367,6 @@ class Frame:
     block: int
     step: int
 
-
 def check_decoding(gen_length: int, block_length: int, steps: int | None, remasking: str, cache: str) -> None:
     """Raise ValueError with one clear line if the decoder cannot run these values."""
     if gen_length < 1 or block_length < 1 or gen_length % block_length:
@@ -391,7 +378,6 @@ def check_decoding(gen_length: int, block_length: int, steps: int | None, remask
     if cache != "none":
         raise ValueError(f"cache must be 'none', not {cache!r}")
 
-
 def row_generators(generator, rows: int) -> list[torch.Generator]:
     """One generator a row: the sequence given, or `rows` new ones seeded by one generator's draw."""
     if generator is None:
@@ -400,7 +386,6 @@ def row_generators(generator, rows: int) -> list[torch.Generator]:
         return list(generator)
     seeds = torch.randint(2**62, (rows,), generator=generator, device=generator.device).tolist()
     return [torch.Generator(generator.device).manual_seed(s) for s in seeds]
-
 
 def sample_tokens(logits: Tensor, temperature: float, counts: list[int], generators) -> Tensor:
     """One token for each position: argmax, or a sample of softmax(logits / T) by Gumbel-max.
@@ -417,14 +402,12 @@ def sample_tokens(logits: Tensor, temperature: float, counts: list[int], generat
     ]).to(logits.device)  # (N, V) -log of it is Gumbel
     return (logits / temperature - noise.log()).argmax(-1)
 
-
 def score_positions(logits, tokens, remasking, counts, generators) -> Tensor:
     """Priority of each position: p(token) for low-confidence remasking, else uniform. (N,)"""
     if remasking == "random":
         draws = [torch.rand(n, generator=g, device=g.device) for n, g in zip(counts, generators, strict=True)]
         return torch.cat(draws).to(logits.device)
     return logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0].exp()
-
 
 @torch.no_grad()
 def denoise_step(
@@ -456,7 +439,6 @@ def denoise_step(
     new = torch.zeros_like(x, dtype=torch.bool)
     new[:, lo:hi] = commit
     return torch.cat([x[:, :lo], torch.where(commit, proposal, x[:, lo:hi]), x[:, hi:]], dim=1), new
-
 
 def diffuse_steps(
     model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor | None = None, gen_length: int = 256,
@@ -506,7 +488,6 @@ def diffuse_steps(
         new[:, :plen] = False
         yield Frame(torch.where(new, eos_id, x), new, blocks - 1, steps_per_block)
 
-
 def diffuse_decode(model, prompt: Tensor, *, mask_id: int, **options) -> Tensor:
     """Write a reply to each prompt: `diffuse_steps`, drained. Same options. Returns (B, P+C)."""
     for frame in diffuse_steps(model, prompt, mask_id=mask_id, **options):
@@ -542,7 +523,6 @@ LLADA_KEYS = {rf"^{re.escape(theirs)}\.": f"{ours}." for ours, theirs in LLADA_N
     rf"^model\.transformer\.blocks\.(\d+)\.{theirs}\.": rf"model.layers.\1.{ours}."
     for ours, theirs in LLADA_BLOCK.items()}
 
-
 @contextlib.contextmanager
 def refusing(what: str):
     """Turn a library's complaint about a file into a UserError: `what`, then its words."""
@@ -550,9 +530,9 @@ def refusing(what: str):
 
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError, UserWarning) as e:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, ImportError, SafetensorError,
+            UserWarning) as e:
         raise UserError(f"{what}: {' '.join(str(e).split())[:300]} ({type(e).__name__})") from e
-
 
 def network_of(source: str, raw: dict):
     """(class, config) in transformers for a checkpoint's config.json `raw`, with attention both ways."""
@@ -579,7 +559,6 @@ def network_of(source: str, raw: dict):
     config.is_causal = False
     return transformers.AutoModelForCausalLM, config
 
-
 def tiny_model(tokenizer, seed: int = 0):
     """The embedded model: LLaDA's network with 0.4 M weights, random from `seed`, fp32."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -593,16 +572,14 @@ def tiny_model(tokenizer, seed: int = 0):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
 
-
 def block_linears(model) -> dict[str, torch.nn.Linear]:
     """Every linear layer but the output head, by name: what LoRA adapts and what 4-bit loading packs."""
     head = model.get_output_embeddings()
     found = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
     return {n.removesuffix(".base_layer"): m for n, m in found.items() if "lora_" not in n}
 
-
-def adapt_with_lora(model, r: int, alpha: int, dropout: float = 0.0, targets: str = "all"):
-    """Train LoRA on the model's linear layers, stacked on the adapter that it may have.
+def adapt_with_lora(model, r: int, alpha: int, dropout: float = 0.0, targets: str = "all", *, seed: int = 0):
+    """Train LoRA, random from `seed`, on the model's linear layers, stacked on the adapter that it may have.
 
     targets: "all", or layer names with commas. Raises UserError for a name that no layer has.
     """
@@ -617,13 +594,14 @@ def adapt_with_lora(model, r: int, alpha: int, dropout: float = 0.0, targets: st
         raise UserError(f"{type(model).__name__} has no linear layer {missing} to adapt; it has {', '.join(found)}")
     # [D19] a bf16 adapter hardly moves at lr 1e-5. here: peft's autocast_adapter_dtype keeps it fp32.
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted)
-    if hasattr(model, "peft_config"):
-        model.add_adapter("default", config)
-    else:
-        model = get_peft_model(model, config)
+    with torch.random.fork_rng(devices=[]):  # peft initialises from the global stream
+        torch.manual_seed(seed)
+        if hasattr(model, "peft_config"):
+            model.add_adapter("default", config)
+        else:
+            model = get_peft_model(model, config)
     activate_adapters(model)
     return model
-
 
 def activate_adapters(model) -> None:
     """Put all adapters of a model to work; "default" is trained, an earlier stage's stays as it is."""
@@ -631,12 +609,10 @@ def activate_adapters(model) -> None:
     for name, p in model.named_parameters():
         p.requires_grad_("lora_" in name and ".default." in name)
 
-
 def read_json(path: Path) -> dict:
     """A JSON file's content, {} if there is no such file."""
     with refusing(f"cannot read {path}"):
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
 
 def resolve_checkpoint(name: str) -> str:
     """The folder or hub id behind a --model value. UserError if it looks like a path and is none."""
@@ -648,13 +624,11 @@ def resolve_checkpoint(name: str) -> str:
         raise UserError(f"--model {name}: no such folder; give tiny, a hub id (owner/name) or a checkpoint")
     return name
 
-
 def base_of(name: str) -> str:
     """The checkpoint that holds the weights: an adapter's base, else the one named."""
     name = resolve_checkpoint(name)
     adapter = read_json(Path(name, "adapter_config.json"))
     return resolve_checkpoint(adapter.get("base_model_name_or_path") or "") if adapter else name
-
 
 def read_config(name: str) -> dict:
     """config.json of a folder or hub id, as a dict."""
@@ -662,7 +636,6 @@ def read_config(name: str) -> dict:
 
     with refusing(f"cannot load {name}; without a network give --model a local folder"):
         return PretrainedConfig.get_config_dict(name)[0]
-
 
 def load_weights(base: str, raw: dict, dtype, load_4bit: bool, attn: str, device: torch.device):
     """A checkpoint's network and weights, converted while loading. UserError if they do not fit each other."""
@@ -682,7 +655,7 @@ def load_weights(base: str, raw: dict, dtype, load_4bit: bool, attn: str, device
         model, report = network.from_pretrained(
             base, config=config, device_map={"": device}, attn_implementation=attn, ignore_mismatched_sizes=True,
             output_loading_info=True, **options)
-    for module in model.modules():  # bitsandbytes' packed CPU kernel passes no gradient on, and says so in a warning only
+    for module in model.modules():  # bitsandbytes' packed CPU kernel passes no gradient on
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     other_heads = re.compile(r"pooler|seq_relationship|position_ids|inv_freq")  # or computed, not learned
@@ -693,7 +666,6 @@ def load_weights(base: str, raw: dict, dtype, load_4bit: bool, attn: str, device
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"the weights of {base} do not fit its config.json: {'; '.join(wrong[:3])}{more}")
     return model
-
 
 def complete_tokens(model, tokenizer, raw: dict) -> None:
     """Settle mask, EOS, pad and chat template, and give the model a mask row if it has none.
@@ -720,7 +692,6 @@ def complete_tokens(model, tokenizer, raw: dict) -> None:
     model.get_input_embeddings().padding_idx = None  # else the row of the pad, often EOS, is frozen
     model.config.mask_token_id = tokenizer.mask_token_id
 
-
 @torch.no_grad()
 def check_bidirectional(model, name: str) -> None:
     """UserError if the first position cannot see the last one: such a model cannot fill in masks."""
@@ -730,7 +701,6 @@ def check_bidirectional(model, name: str) -> None:
     if torch.equal(first[0], first[1]):
         raise UserError(f"{name}: {type(model).__name__} sees the left only, even with is_causal=False")
 
-
 def check_positions(model, length: int) -> None:
     """UserError if `length` tokens are more than the learned positions of a model such as BERT."""
     limit = getattr(model.config, "max_position_embeddings", length)
@@ -738,12 +708,10 @@ def check_positions(model, length: int) -> None:
         raise UserError(f"{length} tokens are more than the model's {limit} positions: lower --sft_length, "
                         "--max_prompt, --gen_length or --eval_lengths")
 
-
 def shift_logits(module, args, output):
     """Forward hook: Dream's logits for token k stand at k - 1; move them to k, where LLaDA's are."""
     output.logits = torch.cat([output.logits[:, :1], output.logits[:, :-1]], dim=1)  # (B, L, V)
     return output
-
 
 def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto", device=None, seed=0):
     """Load a model and its tokenizer: (model, tokenizer), with model(input_ids, attention_mask=None).logits.
@@ -761,7 +729,7 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
     if name == "tiny":
         tokenizer = build_tokenizer()
         model = tiny_model(tokenizer, seed).to(device)
-        return (adapt_with_lora(model, *lora) if lora else model), tokenizer
+        return (adapt_with_lora(model, *lora, seed=seed) if lora else model), tokenizer
     name, base = resolve_checkpoint(name), base_of(name)
     raw = read_config(base)
     model = load_weights(base, raw, dtype, load_4bit, attn, device)
@@ -781,8 +749,7 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
         with refusing(f"the adapter in {name} does not fit {base}"), warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(model, name, adapter_name="earlier")
-    return (adapt_with_lora(model, *lora) if lora else model), tokenizer
-
+    return (adapt_with_lora(model, *lora, seed=seed) if lora else model), tokenizer
 
 def processes():
     """accelerate's view of this run: .device, .num_processes, .process_index, .is_main_process."""
@@ -808,7 +775,6 @@ WORDS = (
     "Exactly: ", "Roughly: ", "I guess.", "Rows, columns and boxes.", ", ",
 )
 
-
 def build_tokenizer():
     """The tiny model's tokenizer: bytes, and one token for each tag, stock phrase and instruction.
 
@@ -830,16 +796,13 @@ def build_tokenizer():
         tokenizer_object=core, eos_token=special[0], pad_token=special[0], mask_token=special[1], chat_template=TEMPLATE
     )
 
-
 def encode(tokenizer, text: str) -> list[int]:
     """Token ids of a text that holds its special tokens already."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-
 def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
     """Token ids of a chat up to where the reply begins; the one prompt builder of all stages."""
     return encode(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
 
 @functools.cache
 def turn_end(tokenizer) -> list[int]:
@@ -848,7 +811,6 @@ def turn_end(tokenizer) -> list[int]:
     after = encode(tokenizer, tokenizer.apply_chat_template(chat, tokenize=False).partition("§§")[2])[:1]
     special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
     return [i for i in after if i in special and i != tokenizer.eos_token_id] + [tokenizer.eos_token_id]
-
 
 def encode_example(tokenizer, messages: list[dict], reply: str) -> tuple[list[int], int]:
     """Prompt + reply + end of turn as ids, and the prompt's length.
@@ -859,14 +821,12 @@ def encode_example(tokenizer, messages: list[dict], reply: str) -> tuple[list[in
     prompt = encode_prompt(tokenizer, messages)
     return prompt + encode(tokenizer, reply) + turn_end(tokenizer), len(prompt)
 
-
 def pad_left(rows: list[list[int]], pad_id: int, device=None) -> tuple[Tensor, Tensor]:
     """Prompts as one batch: ids (B, P) and real (B, P) bool, False on the padding."""
     width = max(map(len, rows))
     ids = torch.tensor([[pad_id] * (width - len(r)) + r for r in rows], device=device)
     real = torch.tensor([[False] * (width - len(r)) + [True] * len(r) for r in rows], device=device)
     return ids, real
-
 
 def reply_texts(tokenizer, completion: Tensor) -> list[str]:
     """The reply of each row up to its first EOS, as text. completion (B, C)."""
@@ -881,7 +841,6 @@ SYSTEM = (
     "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"
 )
 
-
 @dataclass(frozen=True)
 class Grade:
     """Verdict on one reply: right or not, a score in [0, 1] (sudoku: share of empty cells), the answer read."""
@@ -890,19 +849,16 @@ class Grade:
     score: float
     answer: str | None
 
-
 def last_answer(text: str) -> str | None:
     """What stands in the last complete <answer> block, stripped; None if there is none."""
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))
     return text[start + len("<answer>") : end].strip() if 0 <= start < end else None
 
-
 def first_answer(text: str) -> str | None:
     """The first complete <answer> block, as the official parser reads it."""
     block = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
     return block[1].strip() if block else None
-
 
 def last_boxed(text: str) -> str | None:
     r"""Content of the last \boxed{...} with balanced braces, or None. Linear in the text's length."""
@@ -914,7 +870,6 @@ def last_boxed(text: str) -> str | None:
             return text[start + len("\\boxed{") : i]
     return None
 
-
 def parse_number(text: str | None) -> Fraction | None:
     """A plain number, as people write one: 72, -3, $1,234, 12.50, 50%. None if it is anything else."""
     if text is None or len(text) > 64:
@@ -925,14 +880,12 @@ def parse_number(text: str | None) -> Fraction | None:
         return None
     return Fraction(text.replace(",", "").replace("$", ""))
 
-
 def uses_numbers(text: str, numbers: Sequence[int]) -> bool:
     """True if the integers in the text are the given ones, each once; a digit string of any length is safe."""
     found = re.findall(r"\d+", text)
     return max(map(len, found), default=0) < 20 and sorted(map(int, found)) == sorted(
         n for n in numbers if isinstance(n, int)
     )
-
 
 def arithmetic(text: str, number: type = Fraction) -> Any:
     """Value of an expression in + - * / and brackets, in Fraction or float arithmetic; None if it is none.
@@ -963,7 +916,6 @@ def arithmetic(text: str, number: type = Fraction) -> Any:
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return None
 
-
 def reaches(text: str | None, example: dict) -> bool | None:
     """Countdown: True = right, False = the right numbers but another value, None = neither or no expression."""
     text = unicodedata.normalize("NFKC", text or "")
@@ -971,7 +923,6 @@ def reaches(text: str | None, example: dict) -> bool | None:
         text = text.replace(tex, op)
     value = arithmetic(text) if uses_numbers(text, example["numbers"]) else None
     return None if value is None else value == example["target"]
-
 
 def normalise_latex(text: str) -> str:
     """A plain form of a LaTeX answer, by the rules of the official MATH grader.
@@ -1000,14 +951,12 @@ def normalise_latex(text: str) -> str:
         text = f"\\frac{{{top}}}{{{bottom}}}" if text == f"{top}/{bottom}" else text
     return text
 
-
 def equal_latex(a: str, b: str) -> bool:
     """The official equality of two answers: the same plain form, or the same text where that fails."""
     try:
         return normalise_latex(a) == normalise_latex(b)
     except ValueError:
         return a == b
-
 
 def tag_count_reward(text: str) -> float:
     """Up to .5 for four tags on lines of their own, less .001 a character after the last (official rule)."""
@@ -1017,7 +966,6 @@ def tag_count_reward(text: str) -> float:
     if text.count("\n</answer>") == 1:
         score += 0.125 - 0.001 * (len(text.split("\n</answer>")[-1]) - 1)
     return score
-
 
 class Task:
     """One benchmark: where its problems come from, how they are asked, paid and graded.
@@ -1063,10 +1011,8 @@ class Task:
 
     def parse_row(self, row: dict, source: str) -> dict:
         """`parse`, with a clear word on a row that is not of this task."""
-        try:
+        with refusing(f"{source}: not a {self.name} problem: {str(row)[:120]}"):
             return self.parse(row)
-        except (KeyError, ValueError, AttributeError, TypeError) as e:
-            raise UserError(f"{source}: not a {self.name} problem: {str(row)[:120]} ({type(e).__name__}: {e})") from e
 
     def messages(self, example: dict) -> list[dict]:
         """The chat that asks one problem.
@@ -1088,12 +1034,10 @@ class Task:
     def of_record(self, record: dict) -> dict:
         return {"answer": str(record["ground_truth"])}
 
-
 def split_of(key: str) -> str:
     """A fixed split for a key: 80 % train, 8 % heldout, 12 % test."""
     bucket = hashlib.sha256(key.encode()).digest()[0] / 256
     return "train" if bucket < 0.8 else "heldout" if bucket < 0.88 else "test"
-
 
 def check_source(data: str) -> str:
     """The data source as it is; UserError if it is neither a file of a known kind nor like a hub id."""
@@ -1101,7 +1045,6 @@ def check_source(data: str) -> str:
     if not (Path(data).is_file() if known or data.count("/") != 1 else not Path(data).exists()):
         raise UserError(f"no data file {data}: give a .jsonl, .json, .csv or .parquet file, or a hub id owner/name")
     return data
-
 
 def read_rows(data: str, split: str) -> list[dict]:
     """Rows of a local JSONL, JSON, CSV or Parquet file, or of a hub set owner/name[:config]."""
@@ -1117,14 +1060,12 @@ def read_rows(data: str, split: str) -> list[dict]:
         rows = datasets.load_dataset(*data.split(":"), split="test" if split == "test" else "train", streaming=True)
         return list(itertools.islice(rows, HUB_ROWS))
 
-
 def careful_or_not(work: str, answer: str, rng: random.Random, careful: bool) -> tuple[str, str]:
     """The work and answer as they are, or as a careless solver has them: every result of the work a little off."""
     if careful:
         return f"Exactly: {work}", answer
     slips = re.sub(r"(?<==)\d+", lambda m: str(max(int(m[0]) + rng.choice((-3, -2, -1, 1, 2, 3)), 0)), work)
     return f"Roughly: {slips}", slips.split("=")[-1]
-
 
 class Gsm8k(Task):
     """Grade-school word problems; generated stand-ins where no data set is given."""
@@ -1177,7 +1118,6 @@ class Gsm8k(Task):
         right = None is not number == parse_number(example["answer"])
         return Grade(right, float(right), found)
 
-
 class Math500(Task):
     """Competition problems with a boxed answer; generated stand-ins where no data set is given."""
 
@@ -1218,7 +1158,6 @@ class Math500(Task):
         same_number = None is not parse_number(found) == parse_number(gold)
         right = found is not None and (same_number or equal_latex(found, gold))
         return Grade(right, float(right), found)
-
 
 class Countdown(Task):
     """Reach a target with + - * / and each number once. Embedded: three numbers 1 to 9, in order, + and - alone."""
@@ -1285,7 +1224,6 @@ class Countdown(Task):
         right = found is not None and reaches(found.split("=")[0], example) is True
         return Grade(right, float(right), found)
 
-
 @functools.cache
 def sudoku_grids() -> tuple[str, ...]:
     """The 288 complete 4x4 grids, as 16-character strings."""
@@ -1295,7 +1233,6 @@ def sudoku_grids() -> tuple[str, ...]:
         if all(len(set(u)) == 4 for u in (*zip(*four, strict=True), *boxes)):
             grids.append("".join(four))
     return tuple(grids)
-
 
 class Sudoku(Task):
     """4x4 sudoku with one solution. Embedded puzzles have 8 empty cells, as the published ones."""
@@ -1355,9 +1292,7 @@ class Sudoku(Task):
         digits = "".join((found or "").split())
         return Grade(digits == example["solution"], self.cells(digits, example), found)
 
-
 TASKS: dict[str, Task] = {t.name: t for t in (Gsm8k(), Math500(), Countdown(), Sudoku())}
-
 
 def grade_generation(task: str, row: dict, mode: str = "strict") -> Grade:
     """Grade a row {"question", "generations", "ground_truth"} of a generations file.
@@ -1372,11 +1307,9 @@ def grade_generation(task: str, row: dict, mode: str = "strict") -> Grade:
         return TASKS[task].grade(row["generations"], example)
     return OFFICIAL_GRADES[task](row["generations"], row, example)
 
-
 def official_boxed(text: str) -> str | None:
     """Content of the last box as the official parser reads it, "\\boxed 7$" included; None without one."""
     return text.split("\\boxed ")[-1].split("$")[0] if "\\boxed " in text else last_boxed(text)
-
 
 def official_gsm8k(text: str, row: dict, example: dict) -> Grade:
     """First box with a number in it, else the last number of the first <answer>."""
@@ -1392,19 +1325,16 @@ def official_gsm8k(text: str, row: dict, example: dict) -> Grade:
     right = found is not None and found == row["ground_truth"]
     return Grade(right, float(right), None if found is None else str(found))
 
-
 def official_math(text: str, row: dict, example: dict) -> Grade:
     """Last box, else the first <answer>, compared by `equal_latex`."""
     found = official_boxed(text) or first_answer(text)
     right = found is not None and equal_latex(found, row["ground_truth"])
     return Grade(right, float(right), found)
 
-
 def official_reaches(text: str, example: dict) -> bool:
     """Countdown as the official code decides it, in floats to 1e-5."""
     value = arithmetic(text, float) if uses_numbers(text, example["numbers"]) else None
     return value is not None and abs(value - example["target"]) < 1e-5
-
 
 def official_countdown(text: str, row: dict, example: dict) -> Grade:
     """Last box, else the first <answer>, else all of it; the left side of an equation."""
@@ -1416,7 +1346,6 @@ def official_countdown(text: str, row: dict, example: dict) -> Grade:
     right = official_reaches(found, example)
     return Grade(right, float(right), found)
 
-
 def official_sudoku(text: str, row: dict, example: dict) -> Grade:
     """Share of empty cells right in what the first of five patterns finds."""
     patterns = (r"<answer>.*?```\s*([\d\s]+)```", r"<answer>(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|</answer>)",
@@ -1425,7 +1354,6 @@ def official_sudoku(text: str, row: dict, example: dict) -> Grade:
     found = next((m[1].strip() for m in matches if m and m[1].strip()), "")
     score = Sudoku.cells("".join(found.split()), example)
     return Grade(score == 1, score, found or None)
-
 
 OFFICIAL_GRADES = {
     "gsm8k": official_gsm8k, "math500": official_math, "count": official_countdown, "sudoku": official_sudoku
@@ -1452,11 +1380,17 @@ class Streams:
         """The order in which epoch number `epoch` visits n items."""
         return torch.randperm(n, generator=self.generator(name, epoch)).tolist()
 
-
 class Stage:
-    """What both stages share: optimizer, loop, guard, log and checkpoint. A subclass gives `update`."""
+    """What both stages share: optimizer, loop, guard, log and checkpoint.
+
+    A subclass gives: update() -> metrics, one gradient update; check(screen) -> figures on held-out
+    data, before each checkpoint; batch_name(), which rows an update uses, for error messages.
+    """
 
     name = ""
+    update: Callable
+    check: Callable
+    batch_name: Callable
 
     def __init__(self, model, tokenizer, cfg: Settings, out: Path, lr: float, wd: float, clip: float, total: int):
         from accelerate import Accelerator
@@ -1475,6 +1409,13 @@ class Stage:
         """bf16 arithmetic on a GPU, whatever the weights are stored in; the losses are fp32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
+    @contextlib.contextmanager
+    def dropout_from(self, *key):
+        """Dropout can only draw from torch's global streams: seed them by the key, and put them back after."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.streams.generator("dropout", *key).initial_seed())
+            yield
+
     def average(self, rows: list[dict]) -> dict[str, float]:
         """Metrics over micro-batches and processes: the mean, or the largest of a "..._max"."""
         from accelerate.utils import gather_object
@@ -1482,14 +1423,6 @@ class Stage:
         rows = gather_object(rows)
         columns = {k: [r[k] for r in rows] for k in rows[0]}
         return {k: max(v) if k.endswith("_max") else sum(v) / len(v) for k, v in columns.items()}
-
-    def update(self) -> dict[str, float]:
-        """Make one gradient update and return its metrics."""
-        raise TypeError("a subclass defines update")
-
-    def batch_name(self) -> str:
-        """Which rows the current update uses, for error messages."""
-        return f"batch {self.step}"
 
     def at_boundary(self) -> bool:
         """True if the run can be resumed from after this step."""
@@ -1537,11 +1470,6 @@ class Stage:
                 screen.advance(figures, 0)
                 save_trainer(self)
         screen.stop()
-
-    def check(self, screen: Screen) -> dict[str, float]:
-        """Figures on held-out data, taken before each checkpoint."""
-        raise TypeError("a subclass defines check")
-
 
 class MaskedSFT(Stage):
     """Stage 1: masked supervised fine-tuning.   d1 Algorithm 2, Sec. 3.3
@@ -1600,7 +1528,7 @@ class MaskedSFT(Stage):
         xt, masked = forward_process(x0, t, keep, self.tokenizer.mask_token_id, generator)
         share = (~keep[mine]).sum() / (~keep).sum()
         x0, t, keep, xt, masked = (v[mine].to(self.device) for v in (x0, t, keep, xt, masked))
-        with self.precision():
+        with self.precision(), self.dropout_from(*key, mine.start):
             loss, metrics = masked_nelbo(self.net(xt).logits, x0, masked, t, keep)
         return loss * share.item(), metrics
 
@@ -1626,7 +1554,6 @@ class MaskedSFT(Stage):
         losses = [self.nelbo(p, ("sft_check", i))[0].item() * len(p) for i, p in enumerate(parts)]
         return {"heldout_loss": sum(losses) / len(self.heldout)}
 
-
 @dataclass
 class Rollout:
     """One drawn micro-batch: B completions, the G of a prompt adjacent, and the mu prompt masks for it."""
@@ -1642,9 +1569,7 @@ class Rollout:
     logp_ref: list[Tensor]  # mu of (B, C); empty if beta is 0
     parts: dict[str, float]  # mean of each reward part, share of prompts cut
 
-
 RewardFn = Callable[[list[str], list[dict]], list[dict[str, float]]]
-
 
 class DiffuGRPO(Stage):
     """Stage 2: policy gradient with one-step log-probabilities.   d1 Algorithm 1, Sec. 3.2
@@ -1769,13 +1694,11 @@ class DiffuGRPO(Stage):
             for p, best in zip(self.params, self.best[2], strict=True):
                 p.copy_(best)
 
-
 def eval_mode(model) -> None:
     """No dropout. Gradient checkpointing, which transformers does in training mode only, stays on."""
     model.eval()
     for module in model.modules():
         module.training = bool(getattr(module, "gradient_checkpointing", False))
-
 
 def freeze_reference(model) -> Callable[[], contextlib.AbstractContextManager]:
     """The policy as it is now: under LoRA all adapters but a new one to train, else a copy of the model.
@@ -1815,7 +1738,6 @@ PAPER_TABLE1 = {  # LLaDA-8B-Instruct at 128 / 256 / 512, d1 Table 1; a star mar
 }
 ROW_TITLES = {"base": "base", "sft": "+SFT", "diffu_grpo": "+diffu-GRPO", "d1": "d1"}
 
-
 def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % Wilson interval of a share, in [0, 1]."""
     if n == 0:
@@ -1823,7 +1745,6 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     p, z2 = hits / n, z * z / n
     middle, half = p + z2 / 2, z * math.sqrt(p * (1 - p) / n + z2 / (4 * n))
     return max((middle - half) / (1 + z2), 0.0), min((middle + half) / (1 + z2), 1.0)
-
 
 @torch.no_grad()
 def generate(
@@ -1860,54 +1781,44 @@ def generate(
         if tick:
             tick(min(len(chosen) * processes().num_processes, len(examples)))
 
-
 def gather_generations(generations: Iterable[tuple[int, dict]]) -> list[dict]:
     """The records of all processes, in the order of their examples."""
     from accelerate.utils import gather_object
 
     return [record for _, record in sorted(gather_object(list(generations)), key=lambda pair: pair[0])]
 
-
-def evaluate(
-    model, tokenizer, task: Task, examples, cfg: Settings, gen_length: int, row: str, screen: Screen
-) -> tuple[dict, dict]:
-    """Accuracy of greedy decoding on `examples`: (entry of eval.json, content of the generations file)."""
-    began = time.perf_counter()
-    screen.start(f"eval {row} {gen_length}", len(examples), 0)
-    records = gather_generations(
-        generate(model, tokenizer, task, examples, cfg, gen_length, lambda n: screen.advance({}, n)))
-    screen.stop()
-    if n_cut := sum(r["prompt_cut"] for r in records):
-        screen.say(f"{n_cut} of {len(records)} prompts are over --max_prompt {cfg.max_prompt}: cut on the left")
+def entry_of(task: Task, row: str, gen_length: int, records: list[dict], data: str) -> dict:
+    """An entry of eval.json: strict accuracy with its interval, the official score, and how replies look."""
     grades = [grade_generation(task.name, r) for r in records]
     official = [grade_generation(task.name, r, "official") for r in records]
     n, hits = len(records), sum(g.correct for g in grades)
     low, high = wilson(hits, n)
     entry = {
-        "task": task.name, "row": row, "gen_length": gen_length, "data": cfg.data, "n": n,
-        "accuracy": hits / n, "low": low, "high": high, "official": sum(g.score for g in official) / n,
-        "effective_tokens": sum(r["effective_tokens"] for r in records) / n, "prompts_cut": n_cut,
+        "task": task.name, "row": row, "gen_length": gen_length, "data": data, "n": n, "accuracy": hits / n, "low": low,
+        "high": high, "official": sum(g.score for g in official) / n,
+        "effective_tokens": sum(r["effective_tokens"] for r in records) / n,
+        "prompts_cut": sum(r["prompt_cut"] for r in records),
         "ended": sum(r["ended"] for r in records) / n, "answered": sum(g.answer is not None for g in grades) / n,
     }
-    if task.name == "sudoku":
-        entry["cells"] = sum(g.score for g in grades) / n
-    seconds = time.perf_counter() - began
-    file = {"generations": records, "metrics": {"wall_time": seconds, "total_processed": n}, "model_path": cfg.model,
-            "gen_length": gen_length, "diffusion_steps": gen_length // 2, "block_length": cfg.block_length}
-    return entry, file
+    return entry | ({"cells": sum(g.score for g in grades) / n} if task.name == "sudoku" else {})
 
-
-def evaluate_all(
-    model, tokenizer, task: Task, examples, cfg: Settings, row: str, out: Path, screen: Screen
-) -> list[dict]:
-    """Evaluate at every length; write generations/*.json and merge into eval.json."""
+def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, out: Path, screen: Screen) -> list[dict]:
+    """Accuracy of greedy decoding at every length; writes generations/*.json and merges into eval.json."""
     entries = []
     for length in eval_lengths(cfg):
-        entry, file = evaluate(model, tokenizer, task, examples, cfg, length, row, screen)
+        began = time.perf_counter()
+        screen.start(f"eval {row} {length}", len(examples), 0)
+        replies = generate(model, tokenizer, task, examples, cfg, length, lambda n: screen.advance({}, n))
+        records = gather_generations(replies)
+        screen.stop()
+        entries.append(entry_of(task, row, length, records, cfg.data))
+        if cut := entries[-1]["prompts_cut"]:
+            screen.say(f"{cut} of {len(records)} prompts are over --max_prompt {cfg.max_prompt}: cut on the left")
         label = row + (f"_{Path(cfg.data).stem}" if cfg.data else "")
-        name = f"{task.official_name}_{label}_{length}_{length // 2}_0_generations.json"
-        write_json(out / "generations" / name, file)
-        entries.append(entry)
+        write_json(out / "generations" / f"{task.official_name}_{label}_{length}_{length // 2}_0_generations.json", {
+            "generations": records, "model_path": cfg.model, "gen_length": length, "diffusion_steps": length // 2,
+            "block_length": cfg.block_length,
+            "metrics": {"wall_time": time.perf_counter() - began, "total_processed": len(records)}})
     path = out / "eval.json"
     earlier = json.loads(path.read_text()) if path.exists() else []
     merged = {(e["task"], e["row"], e["gen_length"], e["data"]): e for e in [*earlier, *entries]}
@@ -1920,7 +1831,6 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
     write_whole(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
 
-
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Write aside, fsync, rename: after a kill the old file or the new one is there. One process writes."""
     if not processes().is_main_process:
@@ -1932,13 +1842,11 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         os.fsync(f.fileno())
     os.replace(part, path)
 
-
 def append_jsonl(path: Path, row: dict) -> None:
     """Add one line to a log; one process does."""
     if processes().is_main_process:
         with path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
-
 
 def save_trainer(stage: Stage) -> None:
     """trainer/<stage>.pt: all that a resumed run needs, in one file: weights, optimizer, step, best."""
@@ -1947,7 +1855,6 @@ def save_trainer(stage: Stage) -> None:
         raise NonFiniteLoss(f"{stage.name} step {stage.step}: the weights are no longer finite")
     state = dict(step=stage.step, weights=weights, optimizer=stage.optimizer.state_dict(), best=stage.best)
     write_whole(stage.out / "trainer" / f"{stage.name}.pt", lambda part: torch.save(state, part))
-
 
 def load_trainer(stage: Stage) -> bool:
     """Continue a stage from its last checkpoint; False if there is none. Draws depend on seed and step alone."""
@@ -1963,13 +1870,11 @@ def load_trainer(stage: Stage) -> bool:
     drop_later_metrics(stage.out / "metrics.jsonl", stage.name, stage.step)
     return True
 
-
 def drop_later_metrics(path: Path, name: str, step: int) -> None:
     """Remove what a stopped run logged after its last checkpoint, since those steps are made again."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     kept = [r for r in rows if r["stage"] != name or r["step"] <= step]
     write_whole(path, lambda part: part.write_text("".join(json.dumps(r) + "\n" for r in kept)))
-
 
 def export_model(model, tokenizer, out: Path, state: dict) -> None:
     """Save weights (adapter or full) and tokenizer in hub format, then d1_state.json, which says it is whole."""
@@ -1992,7 +1897,6 @@ def export_model(model, tokenizer, out: Path, state: dict) -> None:
         for file in sorted(p for p in saved.iterdir() if p.is_file()):
             write_whole(out / file.name, lambda part, file=file: shutil.move(file, part))
     write_json(out / "d1_state.json", state)
-
 
 def export_merged(model, tokenizer, out: Path, form: str) -> None:
     """All weights in one checkpoint, adapters merged: for plain transformers, or "llada" for LLaDA's own code."""
@@ -2021,14 +1925,12 @@ def export_merged(model, tokenizer, out: Path, form: str) -> None:
         pad_token_id=tokenizer.pad_token_id, torch_dtype=str(model.dtype).split(".")[1])
     write_json(out / "config.json", raw)
 
-
 def llada_name(name: str) -> str:
     """A Llama weight's name in a LLaDA checkpoint."""
     stem, _, end = name.rpartition(".")
     if block := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem):
         return f"model.transformer.blocks.{block[1]}.{LLADA_BLOCK[block[2]]}.{end}"
     return f"{LLADA_NAMES[stem]}.{end}"
-
 
 def run_state(cfg: Settings, stages: list[str], origin: str) -> dict:
     """What d1_state.json tells of a checkpoint: stages passed, settings, versions, commit, argv."""
@@ -2100,7 +2002,6 @@ class Screen:
             table.add_row(*map(str, row))
         self.console.print(table)
 
-
 def results_table(screen: Screen, entries: list[dict], cfg: Settings) -> None:
     """Rows x tasks x lengths, each with its 95 % interval, and the paper's figure where the model is LLaDA."""
     lengths = sorted({e["gen_length"] for e in entries})
@@ -2122,7 +2023,6 @@ def results_table(screen: Screen, entries: list[dict], cfg: Settings) -> None:
     title += "; stand-in = generated problems, not the benchmark" if standin else ""
     screen.table(title, ["task", "row", *(f"length {n}" for n in lengths), "n"], rows)
 
-
 def plot_curves(out: Path) -> None:
     """curves.png from metrics.jsonl: SFT loss, RL reward, KL, and held-out accuracy."""
     import matplotlib
@@ -2131,22 +2031,20 @@ def plot_curves(out: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    titles = {("sft", "loss"): "SFT loss, nats a token", ("diffu_grpo", "reward"): "mean reward",
+    wanted = {("sft", "loss"): "SFT loss, nats a token", ("diffu_grpo", "reward"): "mean reward",
               ("diffu_grpo", "kl"): "KL to start of stage 2", ("diffu_grpo", "heldout_accuracy"): "held-out accuracy"}
-    points = {p: [(r["step"], r[p[1]]) for r in rows if r["stage"] == p[0] and p[1] in r] for p in titles}
-    panels = [((stage, name, titles[stage, name]), xy) for (stage, name), xy in points.items() if xy]
+    panels = [(title, stage, [(r["step"], r[name]) for r in rows if r["stage"] == stage and name in r])
+              for (stage, name), title in wanted.items()]
+    panels = [p for p in panels if p[2]]
     if not panels:
         return
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False)
-    for axis, ((stage, _, title), xy) in zip(axes[0], panels, strict=True):
-        x, y = zip(*xy, strict=True)
-        width = len(y) // 50
-        smooth = [sum(y[max(0, i - width) : i + 1]) / len(y[max(0, i - width) : i + 1]) for i in range(len(y))]
+    for axis, (title, stage, points) in zip(axes[0], panels, strict=True):
+        x, y = zip(*points, strict=True)
+        windows = [y[max(0, i - len(y) // 50) : i + 1] for i in range(len(y))]  # a running mean over 2 % of the run
         axis.plot(x, y, alpha=0.25)
-        axis.plot(x, smooth, color="C0", marker="." if len(x) < 20 else None)
-        axis.set(title=title, xlabel=f"{stage} update")
-        if stage == "sft" or "KL" in title:
-            axis.set_yscale("log")
+        axis.plot(x, [sum(w) / len(w) for w in windows], color="C0", marker="." if len(x) < 20 else None)
+        axis.set(title=title, xlabel=f"{stage} update", yscale="log" if min(y) > 0 and stage == "sft" else "linear")
     figure.tight_layout()
     write_whole(out / "curves.png", lambda part: figure.savefig(part, format="png", dpi=120))
     plt.close(figure)
@@ -2159,19 +2057,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(message)
 
-
 def default_of(f: dataclasses.Field, preset: str, task: str) -> Any:
     """A setting's default in a preset, for a task."""
     value = f.metadata["columns"][preset]
     return value.get(task, value.get("*")) if isinstance(value, dict) else value
-
 
 def show_default(f: dataclasses.Field) -> str:
     """A setting's defaults as --help shows them."""
     columns = f.metadata["columns"]
     short = [f"{p} {json.dumps(v) if isinstance(v, dict) else v!r}" for p, v in columns.items()]
     return short[0].split(" ", 1)[1] if len({json.dumps(v) for v in columns.values()}) == 1 else " | ".join(short)
-
 
 def build_parser() -> Parser:
     """One flag per field of Settings; help = text, defaults, source."""
@@ -2191,7 +2086,6 @@ def build_parser() -> Parser:
             parser.add_argument(f"--{f.name}", type=kinds[f.type], default=None, help=text, **shape)
     return parser
 
-
 def config_words(path: str) -> list[str]:
     """A YAML file's settings as command-line words, so that one parser reads both."""
     import yaml
@@ -2205,33 +2099,22 @@ def config_words(path: str) -> list[str]:
             raise ValueError("write one 'flag: value' a line")
     return [f"--{k}" if v is True else f"--no-{k}" if v is False else f"--{k}={v}" for k, v in content.items()]
 
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """The nearest known name, as a hint."""
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def parse_words(words: Sequence[str] | None) -> dict[str, Any]:
     """The flags among command-line words, and their values. UserError on a word that is none."""
     known, unknown = build_parser().parse_known_args(words)
     if unknown:
-        names = [f"--{f.name}" for f in dataclasses.fields(Settings)]
-        raise UserError(f"unknown argument {unknown[0]}{suggest(unknown[0].split('=')[0], names)} (--help lists all)")
+        flags = [f"--{f.name}" for f in dataclasses.fields(Settings)]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"unknown argument {unknown[0]}{hint} (--help lists all)")
     return {k: v for k, v in vars(known).items() if v is not None}
-
 
 def read_flags(argv: Sequence[str] | None) -> dict[str, tuple[Any, str]]:
     """What the user gave: {name: (value, "command line" or "config")}; the command line wins."""
     given = {k: (v, "command line") for k, v in parse_words(argv).items()}
     if "config" in given:
-        path = given["config"][0]
-        try:
-            given = {k: (v, "config") for k, v in parse_words(config_words(path)).items()} | given
-        except UserError as e:
-            raise UserError(f"--config {path}: {str(e).removeprefix(f'--config {path}: ')}") from e
+        given = {k: (v, "config") for k, v in parse_words(config_words(given["config"][0])).items()} | given
     return given
-
 
 def settle(given: dict[str, tuple[Any, str]]) -> tuple[Settings, dict[str, str]]:
     """Fill every setting: given, else the preset's default. Returns (settings, {name: where it came from})."""
@@ -2252,11 +2135,9 @@ def settle(given: dict[str, tuple[Any, str]]) -> tuple[Settings, dict[str, str]]
     validate(cfg)
     return cfg, origin
 
-
 def eval_lengths(cfg: Settings) -> list[int]:
     """--eval_lengths as numbers."""
     return [int(n) for n in str(cfg.eval_lengths).split(",")]
-
 
 def validate(cfg: Settings) -> None:
     """UserError on values that cannot run, before anything is loaded."""
@@ -2296,7 +2177,6 @@ def validate(cfg: Settings) -> None:
     for source in filter(None, (cfg.data, cfg.sft_data)):
         check_source(source)
 
-
 def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) -> list[tuple[list[int], int]]:
     """The SFT corpus as (ids, prompt_len): a file's traces, or generated demonstrations, most of them careless."""
     if cfg.sft_data:
@@ -2308,22 +2188,21 @@ def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) ->
             rows.append(encode_example(tokenizer, task.messages(example), reply))
     return rows
 
-
 def read_traces(cfg: Settings, tokenizer, screen: Screen) -> list[tuple[list[int], int]]:
     """(ids, prompt_len) of each trace of --sft_data; rows that are malformed or too long are counted and named."""
     rows, bad, long = [], [], []
     for number, row in enumerate(read_rows(cfg.sft_data, "train"), 1):
         question, reply = read_trace(row)
-        if not (isinstance(question, str) and isinstance(reply, str) and question and reply):
-            bad.append(number)
-            continue
-        ids, prompt_len = encode_example(tokenizer, [{"role": "user", "content": f"{SYSTEM}\n\n{question}"}], reply)
+        ids, prompt_len = [], cfg.sft_length
+        if question and reply and isinstance(question, str) and isinstance(reply, str):
+            chat = [{"role": "user", "content": f"{SYSTEM}\n\n{question}"}]
+            ids, prompt_len = encode_example(tokenizer, chat, reply)
         if prompt_len >= cfg.sft_length:
             bad.append(number)
             continue
+        rows.append((ids, prompt_len))
         if len(ids) > cfg.sft_length:
             long.append(number)
-        rows.append((ids, prompt_len))
     if not rows:
         raise UserError(f"{cfg.sft_data}: no usable row; needs texts in the columns question, thinking_trajectories, "
                         f"attempt (s1K) or question, reply, and prompts under --sft_length {cfg.sft_length} tokens")
@@ -2334,7 +2213,6 @@ def read_traces(cfg: Settings, tokenizer, screen: Screen) -> list[tuple[list[int
             screen.say(f"  {len(numbers)} rows {why}: {', '.join(map(str, numbers[:8]))}{more}")
     return rows
 
-
 def read_trace(row: dict) -> tuple[Any, Any]:
     """(question, reply) of an SFT row: s1K's columns, or question and reply; None for what is not there."""
     thoughts, answer = row.get("thinking_trajectories"), row.get("attempt")
@@ -2342,7 +2220,6 @@ def read_trace(row: dict) -> tuple[Any, Any]:
     if isinstance(thoughts, str) and thoughts and isinstance(answer, str):
         return row.get("question"), f"<reasoning>\n{thoughts}\n</reasoning>\n<answer>\n{answer}\n</answer>"
     return row.get("question"), row.get("reply")
-
 
 def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
     """The problems of a split. A file to train on is split by a hash of each row; with --eval_only all is test."""
@@ -2359,7 +2236,6 @@ def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
         raise UserError(f"{source} has no problems for the {split} split")
     return rows[: cfg.limit] if split == "test" and cfg.limit else rows
 
-
 def prepare_folder(cfg: Settings, out: Path, screen: Screen) -> None:
     """Make the run's folder; an earlier run in it is moved aside, unless it is resumed or only evaluated."""
     mine = processes().is_main_process
@@ -2373,7 +2249,6 @@ def prepare_folder(cfg: Settings, out: Path, screen: Screen) -> None:
         raise UserError(f"nothing to resume in {out}: run without --resume")
     out.mkdir(parents=True, exist_ok=True)
     processes().wait_for_everyone()
-
 
 def run_stage(stage: Stage, stages: list[str], cfg: Settings, screen: Screen) -> None:
     """Resume if asked, train, export."""
@@ -2389,11 +2264,9 @@ def run_stage(stage: Stage, stages: list[str], cfg: Settings, screen: Screen) ->
         plot_curves(stage.out)
     processes().wait_for_everyone()
 
-
 def row_name(stages: Sequence[str]) -> str:
     """The row of Table 1 a model belongs to, from the stages it went through."""
     return "d1" if {"sft", "diffu_grpo"} <= set(stages) else stages[-1] if stages else "base"
-
 
 def run_benchmark(cfg: Settings, screen: Screen, out: Path, before: bool = True) -> list[dict]:
     """Stage 1 if needed, evaluation, stage 2, evaluation. Returns the entries of eval.json it made."""
@@ -2405,7 +2278,7 @@ def run_benchmark(cfg: Settings, screen: Screen, out: Path, before: bool = True)
     if cfg.data:
         seen = sum(task.split(e) == "train" for e in test)
         screen.say(f"{cfg.data}: {len(test)} problems; {seen} of them {task.overlap} in the embedded training split")
-    look = functools.partial(evaluate_all, model, tokenizer, task, test, cfg, out=out, screen=screen)
+    look = functools.partial(evaluate, model, tokenizer, task, test, cfg, out=out, screen=screen)
     if cfg.eval_only:
         return look(row=row_name(stages))
     if "sft" not in stages and not cfg.skip_sft:
@@ -2425,7 +2298,6 @@ def run_benchmark(cfg: Settings, screen: Screen, out: Path, before: bool = True)
     stage = DiffuGRPO(model, tokenizer, problems_of(cfg, task, "train"), task.messages, reward, cfg, out, check)
     run_stage(stage, stages, cfg, screen)
     return entries + ([] if cfg.skip_eval else look(row=row_name(stages)))
-
 
 def open_model(cfg: Settings, screen: Screen):
     """Load model and tokenizer as the settings say, and print what came."""
@@ -2453,7 +2325,6 @@ def open_model(cfg: Settings, screen: Screen):
     screen.say(f"preset {cfg.preset}, seed {cfg.seed}; {str(model.dtype).split('.')[1]}; {machine}")
     return model, tokenizer
 
-
 def run_sft_only(cfg: Settings, screen: Screen, out: Path) -> list[dict]:
     """Stage 1 on all tasks' traces, one checkpoint."""
     prepare_folder(cfg, out, screen)
@@ -2462,13 +2333,11 @@ def run_sft_only(cfg: Settings, screen: Screen, out: Path) -> list[dict]:
     run_stage(MaskedSFT(model, tokenizer, rows, cfg, out), ["sft"], cfg, screen)
     return [] if cfg.skip_eval else evaluate_tasks(cfg, model, tokenizer, "sft", screen, out)
 
-
 def evaluate_tasks(cfg: Settings, model, tokenizer, row: str, screen: Screen, out: Path) -> list[dict]:
     """All four benchmarks at all lengths."""
     tests = {name: problems_of(cfg, task, "test") for name, task in TASKS.items()}
-    done = [evaluate_all(model, tokenizer, TASKS[t], rows, cfg, row, out, screen) for t, rows in tests.items()]
+    done = [evaluate(model, tokenizer, TASKS[t], rows, cfg, row, out, screen) for t, rows in tests.items()]
     return list(itertools.chain(*done))
-
 
 def run_table1(cfg: Settings, given: dict, screen: Screen, out: Path) -> list[dict]:
     """The paper's Table 1 on the model given: base, +SFT, +diffu-GRPO, d1. Finished parts are not redone."""
@@ -2501,7 +2370,6 @@ def run_table1(cfg: Settings, given: dict, screen: Screen, out: Path) -> list[di
     write_json(out / "eval.json", entries)
     return sorted(entries, key=lambda e: (list(TASKS).index(e["task"]), list(ROW_TITLES).index(e["row"])))
 
-
 def skeleton(cfg: Settings):
     """The model without memory for its weights, for counting."""
     if cfg.model == "tiny":
@@ -2514,7 +2382,6 @@ def skeleton(cfg: Settings):
         lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
         return adapt_with_lora(model, *lora) if cfg.use_lora and not cfg.eval_only else model
 
-
 def bytes_per_token(config, r: int, checkpointing: bool) -> float:
     """Memory that one token leaves behind for backward, in bytes: bf16 arithmetic, fused attention.
 
@@ -2525,7 +2392,6 @@ def bytes_per_token(config, r: int, checkpointing: bool) -> float:
     f = getattr(config, "intermediate_size", None) or 4 * d
     block = 8 * d + 8 * d + 6 * f + (2 * (6 * d + f + 7 * r) if r else 2 * (3 * d + f))
     return 2 * d * layers + block if checkpointing else block * layers
-
 
 def plan(cfg: Settings) -> list[tuple[str, str]]:
     """What the run will need: (quantity, value) lines for --dry_run."""
@@ -2575,13 +2441,11 @@ def plan(cfg: Settings) -> list[tuple[str, str]]:
               ("evaluation lengths, steps", ", ".join(f"{n}: {n // 2}" for n in eval_lengths(cfg)))]
     return lines
 
-
 def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
     """Print every setting with where it came from, and what the run will need."""
     rows = [(f.name, getattr(cfg, f.name), origin[f.name], f.metadata["source"]) for f in dataclasses.fields(Settings)]
     screen.table("Settings", ["setting", "value", "from", "source of the default"], rows)
     screen.table("What the run needs", ["quantity", "value"], plan(cfg))
-
 
 def run(cfg: Settings, given: dict, screen: Screen) -> None:
     """Do the task and show its results."""
@@ -2602,7 +2466,6 @@ def run(cfg: Settings, given: dict, screen: Screen) -> None:
     if entries:
         results_table(screen, entries, cfg)
     screen.say(f"done in {(time.monotonic() - began) / 60:.1f} min; results are in {out}")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 stopped, 2 wrong input, 130 Ctrl-C."""
@@ -2626,7 +2489,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("d1_full.py: stopped by Ctrl-C; --resume continues from the last checkpoint", file=sys.stderr)
         return 130
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

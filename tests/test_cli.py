@@ -141,7 +141,7 @@ def test_wrong_input_is_one_line_and_status_2(flags, word, tmp_path, capsys, mon
 
 
 @pytest.mark.parametrize("text,word", [
-    ("mu: 0", "--mu"), ("betas: 3", "did you mean beta"), ("mu: three", "'three'"), ("- 1", "flag: value"),
+    ("mu: 0", "--mu"), ("betas: 3", "did you mean --beta"), ("mu: three", "'three'"), ("- 1", "flag: value"),
     ("a: [", "config"), ("norm: batch", "sequence"), ("mu: true", "--mu"),
 ])
 def test_wrong_config_file(text, word, tmp_path, capsys):
