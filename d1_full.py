@@ -546,7 +546,7 @@ def network_of(source: str, raw: dict):
             num_attention_heads=raw["n_heads"], num_key_value_heads=raw.get("n_kv_heads") or raw["n_heads"],
             rms_norm_eps=raw["rms_norm_eps"], max_position_embeddings=raw["max_sequence_length"],
             rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]}, tie_word_embeddings=False,
-            eos_token_id=raw.get("eos_token_id"), pad_token_id=None, is_causal=False,
+            eos_token_id=raw.get("eos_token_id"), pad_token_id=None, is_causal=False, rope_full_precision=True,
         )
     if kind == "Dream":  # Qwen2's network; its logits at k are for token k + 1
         own = {k: v for k, v in raw.items() if k not in ("model_type", "architectures", "auto_map")}
@@ -566,7 +566,7 @@ def tiny_model(tokenizer, seed: int = 0):
     config = LlamaConfig(
         vocab_size=len(tokenizer), max_position_embeddings=2048, tie_word_embeddings=False, is_causal=False,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=None, bos_token_id=None,  # the pad is EOS, which is trained
-        mask_token_id=tokenizer.mask_token_id, **TINY_SHAPE,
+        mask_token_id=tokenizer.mask_token_id, use_cache=False, **TINY_SHAPE,
     )
     with torch.random.fork_rng(devices=[]):  # transformers initialises from the global stream
         torch.manual_seed(seed)
@@ -637,6 +637,12 @@ def read_config(name: str) -> dict:
     with refusing(f"cannot load {name}; without a network give --model a local folder"):
         return PretrainedConfig.get_config_dict(name)[0]
 
+def sdpa_after_fp32(module, query, key, value, *args, **options):
+    """SDPA for queries and keys that were rotated in fp32, as LLaDA has it; bf16 cosines would add 2 % of error."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(module, query.to(value.dtype), key.to(value.dtype), value, *args, **options)
+
 def load_weights(base: str, raw: dict, dtype, load_4bit: bool, attn: str, device: torch.device):
     """A checkpoint's network and weights, converted while loading. UserError if they do not fit each other."""
     import transformers
@@ -652,12 +658,19 @@ def load_weights(base: str, raw: dict, dtype, load_4bit: bool, attn: str, device
             bnb_4bit_compute_dtype=torch.bfloat16)
     with refusing(f"cannot load {base}"):
         network, config = network_of(base, raw)
+        config.use_cache = False  # else every forward copies its keys and values
+        if attn == "sdpa" and getattr(config, "rope_full_precision", False):
+            attn = "sdpa_after_fp32"
+            transformers.AttentionInterface.register(attn, sdpa_after_fp32)
+            transformers.AttentionMaskInterface.register(attn, transformers.masking_utils.sdpa_mask)
         model, report = network.from_pretrained(
             base, config=config, device_map={"": device}, attn_implementation=attn, ignore_mismatched_sizes=True,
             output_loading_info=True, **options)
     for module in model.modules():  # bitsandbytes' packed CPU kernel passes no gradient on
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    if attn == "sdpa_after_fp32":
+        model.model.rotary_emb.register_forward_pre_hook(lambda module, args: (args[0].float(), *args[1:]))
     other_heads = re.compile(r"pooler|seq_relationship|position_ids|inv_freq")  # or computed, not learned
     wrong = [f"{k} is missing" for k in sorted(report["missing_keys"])]
     wrong += [f"{k} is unknown" for k in sorted(report["unexpected_keys"]) if not other_heads.search(k)]
