@@ -65,10 +65,12 @@ import csv
 import dataclasses
 import difflib
 import functools
+import gc
 import hashlib
 import importlib.util
 import itertools
 import json
+import logging
 import math
 import operator
 import os
@@ -1413,6 +1415,8 @@ class Stage:
         self.params = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(self.params, lr=lr, betas=(0.9, 0.99), weight_decay=wd, fused=True)
         self.accel = Accelerator(cpu=not torch.cuda.is_available())
+        if str(self.accel.distributed_type).split(".")[1] not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+            raise UserError("several processes each hold the model (DDP): launch without FSDP and DeepSpeed")
         self.rank, self.world, self.device = self.accel.process_index, self.accel.num_processes, self.accel.device
         # `net` is the model as it is trained: with several processes, its backward averages the gradient over them
         self.net, self.optimizer = self.accel.prepare(model, optimizer)
@@ -2396,14 +2400,14 @@ def skeleton(cfg: Settings):
         return adapt_with_lora(model, *lora) if cfg.use_lora and not cfg.eval_only else model
 
 def bytes_per_token(config, r: int, checkpointing: bool) -> float:
-    """Memory that one token leaves behind for backward, in bytes: bf16 arithmetic, fused attention.
+    """What backward needs of one token, in bytes, for a Llama in bf16 arithmetic with fused attention.
 
-    A block keeps: two norms' inputs in fp32, q, k, v and the attention's output, three of the
-    MLP's inner width; with LoRA also each adapted layer's input and its r inner values.
+    A block keeps the inputs of its norms (fp32) and of each linear layer (bf16), q, k, v, the
+    attention's output, three of the MLP's inner width, and with LoRA r inner values a layer.
     """
     d, layers = config.hidden_size, config.num_hidden_layers
     f = getattr(config, "intermediate_size", None) or 4 * d
-    block = 8 * d + 8 * d + 6 * f + (2 * (6 * d + f + 7 * r) if r else 2 * (3 * d + f))
+    block = 28 * d + 8 * f + 14 * r if r else 34 * d + 8 * f  # full training has fp32 residuals and norms
     return 2 * d * layers + block if checkpointing else block * layers
 
 def plan(cfg: Settings) -> list[tuple[str, str]]:
@@ -2434,7 +2438,7 @@ def plan(cfg: Settings) -> list[tuple[str, str]]:
             flops = passes * tokens * cost * (weights + 2 * config.hidden_size * config.num_hidden_layers
                                               * (row if name.startswith("RL") else cfg.sft_length))
             whole += flops * updates
-            lines.append((name, f"{passes:g} of {tokens:,} tokens an update, {flops:.2e} FLOPs; "
+            lines.append((name, f"{passes:.4g} of {tokens:,} tokens an update, {flops:.2e} FLOPs; "
                                 f"{passes * updates:,.0f} in the run"))
     lines.append(("FLOPs of training, a process", f"{whole:.2e}: {whole / 2e14 / 3600:,.1f} h at 200 TFLOP/s"))
     if rl:
@@ -2445,7 +2449,8 @@ def plan(cfg: Settings) -> list[tuple[str, str]]:
     left = bytes_per_token(config, cfg.lora_r * cfg.use_lora, cfg.grad_checkpoint) * tokens
     memory = {
         "weights" + " and reference" * (copies == 2): copies * (packed * 0.516 + (total - packed) * width),
-        "adapters": 4.0 * adapters, "gradients": 4.0 * trained, "AdamW": 8.0 * trained, "activations": left,
+        "adapters": 4.0 * adapters, "gradients": 4.0 * trained, "AdamW": 8.0 * trained,
+        "activations": left + 2.0 * trained,  # the latter: bf16 copies of fp32 weights
         "logits": config.vocab_size * (12.0 * replies + 2 * tokens),
     }
     lines += [(f"memory: {k}", f"{v / gib:.3f} GiB") for k, v in memory.items() if v]
@@ -2480,8 +2485,16 @@ def run(cfg: Settings, given: dict, screen: Screen) -> None:
         results_table(screen, entries, cfg)
     screen.say(f"done in {(time.monotonic() - began) / 60:.1f} min; results are in {out}")
 
+def leave_group() -> None:
+    """Leave the group of processes in order; a DDP model alive at that moment can abort the interpreter."""
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 stopped, 2 wrong input, 130 Ctrl-C."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' notes to their own developers
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         given = read_flags(argv)
         cfg, origin = settle(given)
@@ -2501,6 +2514,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("d1_full.py: stopped by Ctrl-C; --resume continues from the last checkpoint", file=sys.stderr)
         return 130
+    finally:
+        leave_group()
     return 0
 
 if __name__ == "__main__":

@@ -416,25 +416,30 @@ import json, sys
 import torch
 import d1_full as d1
 
-cfg = d1.settle({k: (v, "") for k, v in json.loads(sys.argv[1]).items()})[0]
-torch.set_num_threads(1)
-screen = d1.Screen()
-out = d1.Path(cfg.output_dir)
-out.mkdir(parents=True, exist_ok=True)
-task = d1.TASKS["sudoku"]
-model, tok = d1.load_model("tiny", seed=0)
-d1.MaskedSFT(model, tok, d1.sft_rows(cfg, tok, [task], screen), cfg, out).run(screen)
-reward = lambda texts, examples: [{"n": float(len(t))} for t in texts]
-stage = d1.DiffuGRPO(model, tok, task.examples("train", 16), task.messages, reward, cfg, out)
-drawn = []
-draw = stage.draw
-stage.draw = lambda micro: drawn.append(draw(micro)) or drawn[-1]
-stage.run(screen)
-d1.evaluate(model, tok, task, task.examples("test", 5), cfg, "d1", out, screen)
-texts = [[t for r in drawn for t in d1.reply_texts(tok, r.completion)]]
-gathered = __import__("accelerate").utils.gather_object(texts)
-d1.write_json(out / "texts.json", sorted(t for part in gathered for t in part))
-d1.export_model(model, tok, out, {})
+def main():
+    cfg = d1.settle({k: (v, "") for k, v in json.loads(sys.argv[1]).items()})[0]
+    torch.set_num_threads(1)
+    screen = d1.Screen()
+    out = d1.Path(cfg.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    task = d1.TASKS["sudoku"]
+    model, tok = d1.load_model("tiny", seed=0)
+    d1.MaskedSFT(model, tok, d1.sft_rows(cfg, tok, [task], screen), cfg, out).run(screen)
+    reward = lambda texts, examples: [{"n": float(len(t))} for t in texts]
+    stage = d1.DiffuGRPO(model, tok, task.examples("train", 16), task.messages, reward, cfg, out)
+    drawn = []
+    draw = stage.draw
+    stage.draw = lambda micro: drawn.append(draw(micro)) or drawn[-1]
+    stage.run(screen)
+    d1.evaluate(model, tok, task, task.examples("test", 5), cfg, "d1", out, screen)
+    texts = [[t for r in drawn for t in d1.reply_texts(tok, r.completion)]]
+    gathered = __import__("accelerate").utils.gather_object(texts)
+    d1.write_json(out / "texts.json", sorted(t for part in gathered for t in part))
+    d1.export_model(model, tok, out, {})
+
+
+main()
+d1.leave_group()
 """
 
 
@@ -466,7 +471,7 @@ def test_two_processes_do_what_one_does(tmp_path):
 def test_the_plan_counts_what_backward_keeps():
     """The formula against the tensors that autograd saves for a small Llama in bf16 with LoRA."""
     config = transformers.LlamaConfig(vocab_size=64, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-                                      num_attention_heads=4, is_causal=False)
+                                      num_attention_heads=4, is_causal=False, use_cache=False)
     model = d1.adapt_with_lora(transformers.LlamaForCausalLM(config).bfloat16(), 16, 8)
     model.get_output_embeddings().weight.requires_grad_(False)
     kept, fixed = {}, {p.untyped_storage()._cdata for p in model.parameters()}
@@ -480,8 +485,9 @@ def test_the_plan_counts_what_backward_keeps():
     ids = torch.randint(0, 64, (2, 96))
     with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         model.base_model.model.model(ids)
-    measured = sum(n for n, _ in kept.values()) / ids.numel()
-    assert d1.bytes_per_token(config, 16, False) == pytest.approx(measured, rel=0.15)
+    adapters = sum(2 * p.numel() for n, p in model.named_parameters() if "lora_" in n)  # their bf16 copies
+    measured = (sum(n for n, _ in kept.values()) - adapters) / ids.numel()
+    assert d1.bytes_per_token(config, 16, False) == pytest.approx(measured, rel=0.03)
 
 
 def test_dry_run_of_llada_8b_needs_no_network(capsys, tmp_path):
