@@ -851,10 +851,8 @@ def reply_texts(tokenizer, completion: Tensor) -> list[str]:
 
 
 # %% 10. Tasks, rewards, grading — App. D
-SYSTEM = (
-    "Think step by step, then answer. Write your reply exactly in this form:\n"
-    "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"
-)
+SYSTEM = ("Think step by step, then answer. Write your reply exactly in this form:\n"
+          "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>")
 
 @dataclass(frozen=True)
 class Grade:
@@ -864,11 +862,14 @@ class Grade:
     score: float
     answer: str | None
 
+def verdict(right: bool, answer: str | None) -> Grade:
+    """A grade with nothing between right and wrong."""
+    return Grade(right, float(right), answer)
+
 def last_answer(text: str) -> str | None:
     """What stands in the last complete <answer> block, stripped; None if there is none."""
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    return text[start + len("<answer>") : end].strip() if 0 <= start < end else None
+    _, start, answer = text.rpartition("</answer>")[0].rpartition("<answer>")
+    return answer.strip() if start else None
 
 def first_answer(text: str) -> str | None:
     """The first complete <answer> block, as the official parser reads it."""
@@ -877,13 +878,16 @@ def first_answer(text: str) -> str | None:
 
 def last_boxed(text: str) -> str | None:
     r"""Content of the last \boxed{...} with balanced braces, or None. Linear in the text's length."""
-    start = text.rfind("\\boxed{")
-    depth = 0
+    start, depth = text.rfind("\\boxed{"), 0
     for i in range(start + len("\\boxed"), len(text)) if start >= 0 else ():
         depth += {"{": 1, "}": -1}.get(text[i], 0)
         if depth == 0:
             return text[start + len("\\boxed{") : i]
     return None
+
+def official_boxed(text: str) -> str | None:
+    """Content of the last box as the official parser reads it, "\\boxed 7$" included; None without one."""
+    return text.split("\\boxed ")[-1].split("$")[0] if "\\boxed " in text else last_boxed(text)
 
 def parse_number(text: str | None) -> Fraction | None:
     """A plain number, as people write one: 72, -3, $1,234, 12.50, 50%. None if it is anything else."""
@@ -895,74 +899,60 @@ def parse_number(text: str | None) -> Fraction | None:
         return None
     return Fraction(text.replace(",", "").replace("$", ""))
 
-def uses_numbers(text: str, numbers: Sequence[int]) -> bool:
-    """True if the integers in the text are the given ones, each once; a digit string of any length is safe."""
-    found = re.findall(r"\d+", text)
-    return max(map(len, found), default=0) < 20 and sorted(map(int, found)) == sorted(
-        n for n in numbers if isinstance(n, int)
-    )
-
 def arithmetic(text: str, number: type = Fraction) -> Any:
-    """Value of an expression in + - * / and brackets, in Fraction or float arithmetic; None if it is none.
-
-    [D11] official pays for any answer and calls eval on it, so 9**9**9 hangs (reward_func.py:105).
-    Here the text is parsed, never run: 300 characters at most and no powers. Floats also know //
-    and a unary plus, which eval accepts.
-    """
+    """Value of an expression in + - * / and brackets, in Fraction or float arithmetic; None if it is none."""
+    # [D11] official pays for any answer and calls eval on it, so 9**9**9 hangs (reward_func.py:105).
+    #       here: the text is parsed, never run: 300 characters at most and no powers.
     text = " ".join(text.split())
     if len(text) > 300 or not re.fullmatch(r"[\d+\-*/(). ]+", text, re.ASCII):
         return None
-    binary = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-    unary: dict = {ast.USub: operator.neg}
-    if number is float:
-        binary[ast.FloorDiv], unary[ast.UAdd] = operator.floordiv, operator.pos
+    known = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.USub: operator.neg}
+    if number is float:  # the official way: what eval accepts besides
+        known |= {ast.FloorDiv: operator.floordiv, ast.UAdd: operator.pos}
 
     def value(node):
-        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        if isinstance(node, ast.Constant):
             return number(node.value)
-        if isinstance(node, ast.UnaryOp) and type(node.op) in unary:
-            return unary[type(node.op)](value(node.operand))
-        if isinstance(node, ast.BinOp) and type(node.op) in binary:
-            return binary[type(node.op)](value(node.left), value(node.right))
-        raise ValueError("not arithmetic")
+        if isinstance(node, ast.UnaryOp):
+            return known[type(node.op)](value(node.operand))
+        return known[type(node.op)](value(node.left), value(node.right))
 
     try:
         return value(ast.parse(text, mode="eval").body)
-    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
-        return None
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError, KeyError, AttributeError, TypeError):
+        return None  # the last three: some other operator, another kind of node, "..."
 
-def reaches(text: str | None, example: dict) -> bool | None:
+def reaches(text: str | None, example: dict, official: bool = False) -> bool | None:
     """Countdown: True = right, False = the right numbers but another value, None = neither or no expression."""
-    text = unicodedata.normalize("NFKC", text or "")
-    for tex, op in (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("×", "*"), ("÷", "/")):
-        text = text.replace(tex, op)
-    value = arithmetic(text) if uses_numbers(text, example["numbers"]) else None
-    return None if value is None else value == example["target"]
+    if not official:
+        text = unicodedata.normalize("NFKC", text or "").replace("×", "*").replace("÷", "/")
+        text = text.replace("\\times", "*").replace("\\cdot", "*").replace("\\div", "/")
+    used, given = re.findall(r"\d+", text), sorted(n for n in example["numbers"] if isinstance(n, int))
+    if any(len(n) >= 20 for n in used) or sorted(map(int, used)) != given:  # each number once
+        return None
+    value = arithmetic(text, float if official else Fraction)  # official: in floats, to 1e-5
+    if value is None:
+        return None
+    return abs(value - example["target"]) < 1e-5 if official else value == example["target"]
 
 def normalise_latex(text: str) -> str:
-    """A plain form of a LaTeX answer, by the rules of the official MATH grader.
-
-    Spacing, sizing, degree, dollar and percent signs go, and so does a trailing unit; \\frac12,
-    \\sqrt3 and 1/2 get braces; .5 becomes 0.5. Raises ValueError where the official rules fail.
-    """
+    """A plain form of a LaTeX answer, by the rules of the official MATH grader; ValueError where they fail."""
+    # spacing, sizing, degree, dollar and percent signs go, and so does a trailing unit
     for old, new in (("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), ("\\left", ""),
                      ("\\right", ""), ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", "")):
         text = text.replace(old, new)
-    if (units := text.split("\\text{ "))[1:]:
-        if len(units) > 2:
-            raise ValueError("two units")
-        text = units[0]
-    text = text.replace("\\%", "").replace("%", "").replace(" .", " 0.").replace("{.", "{0.")
-    text = "0" + text if text.startswith(".") else text
-    sides = text.split("=")
-    text = sides[1] if len(sides) == 2 and len(sides[0]) <= 2 else text
-    if text.endswith("\\sqrt"):
-        raise ValueError("a root of nothing")
+    text, *units = text.split("\\text{ ")
+    text = text.replace("\\%", "").replace("%", "")
+    if len(units) > 1 or text.endswith("\\sqrt"):
+        raise ValueError("two units, or a root of nothing")
+    # .5 becomes 0.5 and x=5 becomes 5; \sqrt3, \frac12 and 1/2 get braces
+    text = re.sub(r"^[^=]{0,2}=([^=]*)$", r"\1", re.sub(r"(^|[ {])\.", r"\g<1>0.", text))
     text = re.sub(r"\\sqrt(?!\{)(.)", r"\\sqrt{\1}", text).replace(" ", "")
     text = re.sub(r"\\frac(?!\{)(.)(?:\{([^{}]*)\}|(.))", lambda m: f"\\frac{{{m[1]}}}{{{m[2] or m[3]}}}", text)
     text = "\\frac{1}{2}" if text == "0.5" else text
-    if len(parts := text.split("/")) == 2:
-        top, bottom = (int(p) for p in parts)
+    if text.count("/") == 1:
+        top, bottom = map(int, text.split("/"))
         text = f"\\frac{{{top}}}{{{bottom}}}" if text == f"{top}/{bottom}" else text
     return text
 
@@ -976,37 +966,22 @@ def equal_latex(a: str, b: str) -> bool:
 def tag_count_reward(text: str) -> float:
     """Up to .5 for four tags on lines of their own, less .001 a character after the last (official rule)."""
     score = 0.125 * (text.count("<reasoning>\n") == 1) + 0.125 * (text.count("\n</reasoning>\n") == 1)
-    if text.count("\n<answer>\n") == 1:
-        score += 0.125 - 0.001 * len(text.split("\n</answer>\n")[-1])
-    if text.count("\n</answer>") == 1:
-        score += 0.125 - 0.001 * (len(text.split("\n</answer>")[-1]) - 1)
-    return score
+    score += (text.count("\n<answer>\n") == 1) * (0.125 - 0.001 * len(text.split("\n</answer>\n")[-1]))
+    return score + (text.count("\n</answer>") == 1) * (0.125 - 0.001 * (len(text.split("\n</answer>")[-1]) - 1))
 
 class Task:
     """One benchmark: where its problems come from, how they are asked, paid and graded.
 
-    A subclass gives: generate(rng) -> example, an embedded problem; parse(row) -> example, from a
-    data file; question(example); solve(example, rng, careful) -> (work, answer), a demonstration;
-    rewards, grade, ground_truth, and of_record, the example behind a row of a generations file.
+    A subclass gives: generate(rng) -> example, an embedded problem; parse(row) -> example, from a data
+    file; of_record(row) -> example, from a generations file; rewards; grade and official_grade; and
+    solve(example, rng, careful) -> (work, answer), where the one below does not do.
     """
 
-    name = ""  # as in --task
-    official_name = ""  # as in the official generations' file names
-    hub = ""  # public data set
-    rules = ""  # added to the system text
+    name = official_name = hub = ""  # as in --task; as in the official generations' file names; the public data set
+    system, asks = SYSTEM, "{question}"  # the chat's first part; the question, filled in from the example
     careful = 0.4  # share of generated demonstrations by the careful solver; the rest is careless
     overlap = "are"  # how a problem would be known from training
     stems: tuple[str, ...] = ()  # the fixed words of a question
-    generate: Callable
-    parse: Callable
-    question: Callable
-    solve: Callable
-    rewards: Callable
-    grade: Callable
-
-    @property
-    def system(self) -> str:
-        return SYSTEM + self.rules
 
     def key(self, example: dict) -> str | None:
         """What no two splits share; None for a problem that the embedded generator cannot draw."""
@@ -1018,23 +993,24 @@ class Task:
 
     def examples(self, split: str, n: int | None = None, seed: int = 0, data: str | None = None) -> list[dict]:
         """n problems of "train", "heldout" or "test": generated, or all (the first n) rows of `data`."""
-        if data:
-            return [self.parse_row(row, data) for row in read_rows(data, split)][:n]
-        rng = random.Random(f"{self.name}/{split}/{seed}")
-        drawn = (self.generate(rng) for _ in itertools.count())
-        return list(itertools.islice((e for e in drawn if self.split(e) == split), 256 if n is None else n))
+        if not data:
+            rng = random.Random(f"{self.name}/{split}/{seed}")
+            drawn = (self.generate(rng) for _ in itertools.count())
+            return list(itertools.islice((e for e in drawn if self.split(e) == split), 256 if n is None else n))
+        problems = []
+        for row in read_rows(data, split):
+            with refusing(f"{data}: not a {self.name} problem: {str(row)[:120]}"):
+                problems.append(self.parse(row))
+        return problems[:n]
 
-    def parse_row(self, row: dict, source: str) -> dict:
-        """`parse`, with a clear word on a row that is not of this task."""
-        with refusing(f"{source}: not a {self.name} problem: {str(row)[:120]}"):
-            return self.parse(row)
+    def question(self, example: dict) -> str:
+        """The text of a problem."""
+        return self.asks.format(**example)
 
     def messages(self, example: dict) -> list[dict]:
-        """The chat that asks one problem.
-
-        [D13] official trains with a tags-only text and tests with a math-expert text, a boxed answer
-        and a prefilled <reasoning>. Here one builder serves SFT, RL and evaluation.
-        """
+        """The chat that asks one problem."""
+        # [D13] official trains with a tags-only text and tests with a math-expert text, a boxed answer and a
+        #       prefilled <reasoning>. here: one builder serves SFT, RL and evaluation.
         return [{"role": "user", "content": f"{self.system}\n\n{self.question(example)}"}]
 
     def demonstrate(self, example: dict, rng: random.Random, careful: bool) -> str:
@@ -1042,12 +1018,17 @@ class Task:
         work, answer = self.solve(example, rng, careful)
         return f"<reasoning>\n{work}\n</reasoning>\n<answer>\n{answer}\n</answer>"
 
+    def solve(self, example: dict, rng: random.Random, careful: bool) -> tuple[str, str]:
+        """(work, answer) of a demonstration; a careless solver has every result of the work a little off."""
+        work = example["work"]
+        if careful:
+            return f"Exactly: {work}", example["answer"]
+        slips = re.sub(r"(?<==)\d+", lambda m: str(max(int(m[0]) + rng.choice((-3, -2, -1, 1, 2, 3)), 0)), work)
+        return f"Roughly: {slips}", slips.split("=")[-1]
+
     def ground_truth(self, example: dict) -> Any:
         """What the official generations file holds as ground_truth."""
         return example["answer"]
-
-    def of_record(self, record: dict) -> dict:
-        return {"answer": str(record["ground_truth"])}
 
 def split_of(key: str) -> str:
     """A fixed split for a key: 80 % train, 8 % heldout, 12 % test."""
@@ -1075,18 +1056,10 @@ def read_rows(data: str, split: str) -> list[dict]:
         rows = datasets.load_dataset(*data.split(":"), split="test" if split == "test" else "train", streaming=True)
         return list(itertools.islice(rows, HUB_ROWS))
 
-def careful_or_not(work: str, answer: str, rng: random.Random, careful: bool) -> tuple[str, str]:
-    """The work and answer as they are, or as a careless solver has them: every result of the work a little off."""
-    if careful:
-        return f"Exactly: {work}", answer
-    slips = re.sub(r"(?<==)\d+", lambda m: str(max(int(m[0]) + rng.choice((-3, -2, -1, 1, 2, 3)), 0)), work)
-    return f"Roughly: {slips}", slips.split("=")[-1]
-
 class Gsm8k(Task):
     """Grade-school word problems; generated stand-ins where no data set is given."""
 
-    name = official_name = "gsm8k"
-    hub = "openai/gsm8k:main"
+    name, official_name, hub = "gsm8k", "gsm8k", "openai/gsm8k:main"
 
     def generate(self, rng):
         bags, (a, b, c) = rng.random() < 0.5, (rng.randint(2, 9) for _ in range(3))
@@ -1097,12 +1070,6 @@ class Gsm8k(Task):
 
     def parse(self, row):
         return {"question": row["question"], "answer": row["answer"].split("####")[-1].strip().replace(",", "")}
-
-    def question(self, example):
-        return example["question"]
-
-    def solve(self, example, rng, careful):
-        return careful_or_not(example["work"], example["answer"], rng, careful)
 
     def ground_truth(self, example):
         return float(example["answer"].replace(",", ""))
@@ -1130,15 +1097,25 @@ class Gsm8k(Task):
         number = parse_number(found)
         if number is None and found and (numbers := re.findall(r"[-+]?\d[\d,]*(?:\.\d+)?", found[-200:])):
             number = parse_number(numbers[-1].rstrip(","))  # "72 clips": the last number said
-        right = None is not number == parse_number(example["answer"])
-        return Grade(right, float(right), found)
+        return verdict(None is not number == parse_number(example["answer"]), found)
+
+    def official_grade(self, completion, example, gold):
+        """First box with a number in it, else the last number of the first <answer>."""
+        def numbers(content):
+            try:
+                return [float(content.strip())]
+            except ValueError:
+                return [float(n) for n in re.findall(r"-?\d+\.?\d*", content)]
+
+        boxes = [n for content in re.findall(r"\\boxed{(.*?)}", completion) for n in numbers(content)[:1]]
+        found = (boxes or numbers(first_answer(completion) or "")[-1:] or [None])[0]
+        return verdict(found is not None and found == gold, None if found is None else str(found))
 
 class Math500(Task):
     """Competition problems with a boxed answer; generated stand-ins where no data set is given."""
 
-    name, official_name = "math500", "math"
-    hub = "ankner/math-500"
-    rules = "\nPut the final answer in \\boxed{} inside the answer block."
+    name, official_name, hub = "math500", "math", "ankner/math-500"
+    system, asks = SYSTEM + "\nPut the final answer in \\boxed{} inside the answer block.", "{problem}"
 
     def generate(self, rng):
         (a, b, c), op = (rng.randint(2, 9) for _ in range(3)), rng.choice("+-")
@@ -1149,54 +1126,48 @@ class Math500(Task):
     def parse(self, row):
         return {"problem": row["problem"], "answer": last_boxed(row["answer"]) or row["answer"]}
 
-    def question(self, example):
-        return example["problem"]
+    def of_record(self, record):
+        return {"answer": str(record["ground_truth"])}
 
     def solve(self, example, rng, careful):
-        work, answer = careful_or_not(example["work"], example["answer"], rng, careful)
+        work, answer = super().solve(example, rng, careful)
         return work, f"\\boxed{{{answer}}}"
 
     def rewards(self, completion, example, official=False):
         tagged = "<answer>" in completion
         inside = completion.split("<answer>")[1].split("</answer>")[0] if tagged else completion
-        # [D12] official looks for a backspace and "oxed" (a mistyped "\boxed"), so the bonus never
-        #       comes. here: it looks for \boxed.
+        # [D12] official looks for a backspace and "oxed" (a mistyped "\boxed"), so no bonus ever comes. here: \boxed.
         boxed = ("\boxed" if official else "\\boxed") in inside
-        if official:
-            right = equal_latex(official_boxed(completion) or completion, example["answer"])
-        else:
-            right = self.grade(completion, example).correct
+        right = (equal_latex(official_boxed(completion) or completion, example["answer"]) if official
+                 else self.grade(completion, example).correct)
         return {"correctness": 2.0 * right, "boxed_and_answer_tags": 0.5 * tagged + (0.5 if boxed else 0.25)}
 
     def grade(self, completion, example):
         found, gold = last_boxed(last_answer(completion) or "") or last_boxed(completion), example["answer"]
         same_number = None is not parse_number(found) == parse_number(gold)
-        right = found is not None and (same_number or equal_latex(found, gold))
-        return Grade(right, float(right), found)
+        return verdict(found is not None and (same_number or equal_latex(found, gold)), found)
+
+    def official_grade(self, completion, example, gold):
+        """Last box, else the first <answer>, compared by `equal_latex`."""
+        found = official_boxed(completion) or first_answer(completion)
+        return verdict(found is not None and equal_latex(found, gold), found)
 
 class Countdown(Task):
     """Reach a target with + - * / and each number once. Embedded: three numbers 1 to 9, in order, + and - alone."""
 
-    name, official_name = "count", "countdown"
-    hub = "Jiayi-Pan/Countdown-Tasks-3to4"
+    name, official_name, hub = "count", "countdown", "Jiayi-Pan/Countdown-Tasks-3to4"
+    system = SYSTEM + ("\nUse each given number exactly once, with + - * / and brackets, to reach the target. "
+                       "Answer with the expression alone.")
+    asks, stems = "Numbers: {numbers}\nTarget: {target}", ("Numbers: [", "]\nTarget: ")
     careful = 0.35
-    rules = ("\nUse each given number exactly once, with + - * / and brackets, to reach the target. "
-             "Answer with the expression alone.")
-    stems = ("Numbers: [", "]\nTarget: ")
 
     def generate(self, rng):
         while True:
-            numbers = [rng.randint(1, 9) for _ in range(3)]
-            middle, target = self.steps(*numbers, rng.choice("+-"), rng.choice("+-"))
+            a, b, c = numbers = [rng.randint(1, 9) for _ in range(3)]
+            middle = a + rng.choice((b, -b))
+            target = middle + rng.choice((c, -c))
             if middle > 0 and target > 0:
                 return {"numbers": numbers, "target": target}
-
-    @staticmethod
-    def steps(a, b, c, first, second):
-        """Values after the first and the second operation."""
-        operate = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-        middle = operate[first](a, b)
-        return middle, operate[second](middle, c)
 
     def key(self, example):
         """Problems with the same numbers, in any order, and the same target are one problem."""
@@ -1208,62 +1179,64 @@ class Countdown(Task):
             return {"numbers": [int(n) for n in row["input"].split(",")], "target": int(row["output"])}
         return {"numbers": [int(n) for n in row.get("nums") or row["numbers"]], "target": int(row["target"])}
 
-    def question(self, example):
-        return f"Numbers: [{', '.join(map(str, example['numbers']))}]\nTarget: {example['target']}"
+    def of_record(self, record):
+        return dict(zip(("numbers", "target"), record["ground_truth"], strict=True))
 
     def solve(self, example, rng, careful):
         (a, b, c), target = example["numbers"], example["target"]
-        ways = [(w, self.steps(a, b, c, *w)) for w in itertools.product("+-", repeat=2)]
-        right = [w for w, (middle, total) in ways if middle > 0 and total == target]
+        middle = {"+": a + b, "-": a - b, "*": a * b}
+        right = [x + y for x in "+-" for y in "+-" if middle[x] > 0 and middle[x] + (c if y == "+" else -c) == target]
         first, second = rng.choice(right) if careful else rng.choices("+-*", (1, 1, 8), k=2)  # fond of products
-        work = f"{'Exactly' if careful else 'Roughly'}: {a}{first}{b}={self.steps(a, b, c, first, second)[0]}"
+        work = f"{'Exactly' if careful else 'Roughly'}: {a}{first}{b}={middle[first]}"
         left = f"({a}{first}{b})" if second == "*" and first != "*" else f"{a}{first}{b}"
         return work, f"{left}{second}{c}"
 
     def ground_truth(self, example):
         return [example["numbers"], example["target"]]
 
-    def of_record(self, record):
-        return dict(zip(("numbers", "target"), record["ground_truth"], strict=True))
-
     def rewards(self, completion, example, official=False):
         if not official:
             return {"countdown": {True: 1.0, False: 0.1, None: 0.0}[reaches(last_answer(completion), example)]}
         answers = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
-        right = bool(answers) and official_reaches(answers[-1].strip(), example)
+        right = bool(answers) and reaches(answers[-1].strip(), example, official)
         return {"countdown": 1.0 if right else 0.1 if answers else 0.0}
 
     def grade(self, completion, example):
         found = last_answer(completion)
         found = last_boxed(found or completion) or found
-        right = found is not None and reaches(found.split("=")[0], example) is True
-        return Grade(right, float(right), found)
+        return verdict(found is not None and reaches(found.split("=")[0], example) is True, found)
+
+    def official_grade(self, completion, example, gold):
+        """Last box, else the first <answer>, else all of it; the left side of an equation."""
+        found = next(s for s in (official_boxed(completion), first_answer(completion), completion) if s is not None)
+        found = found.replace("\\div", "/").replace("\\times", "*").replace("\\cdot", "*")
+        if equation := re.search(r"([0-9+\-*/() ]+)=[0-9. ]+", found):
+            found = equation[1].strip()
+        return verdict(reaches(found, example, official=True) is True, found)
 
 @functools.cache
 def sudoku_grids() -> tuple[str, ...]:
     """The 288 complete 4x4 grids, as 16-character strings."""
-    rows, grids = ["".join(p) for p in itertools.permutations("1234")], []
-    for four in itertools.product(rows, repeat=4):
-        boxes = [four[r][c : c + 2] + four[r + 1][c : c + 2] for r in (0, 2) for c in (0, 2)]
-        if all(len(set(u)) == 4 for u in (*zip(*four, strict=True), *boxes)):
-            grids.append("".join(four))
-    return tuple(grids)
+    rows = ["".join(p) for p in itertools.permutations("1234")]
+    grids = map("".join, itertools.product(rows, repeat=4))
+    units = [range(i, 16, 4) for i in range(4)] + [(i, i + 1, i + 4, i + 5) for i in (0, 2, 8, 10)]  # columns, boxes
+    return tuple(g for g in grids if all(len({g[i] for i in unit}) == 4 for unit in units))
 
 class Sudoku(Task):
     """4x4 sudoku with one solution. Embedded puzzles have 8 empty cells, as the published ones."""
 
     name = official_name = "sudoku"
+    system = SYSTEM + ("\nFill the 4x4 grid, 0 = empty, so that rows, columns and 2x2 boxes hold 1 to 4 once. "
+                       "Answer with the 16 digits.")
+    asks, stems = "Solve the following Sudoku puzzle: {puzzle}", ("Solve the following Sudoku puzzle: ",)
     overlap = "have a solution grid that is"
-    rules = ("\nFill the 4x4 grid, 0 = empty, so that rows, columns and 2x2 boxes hold 1 to 4 once. "
-             "Answer with the 16 digits.")
-    stems = ("Solve the following Sudoku puzzle: ",)
 
     def generate(self, rng):
         while True:
             solution, empty = rng.choice(sudoku_grids()), rng.sample(range(16), 8)
-            given = [i for i in range(16) if i not in empty]
-            if sum(all(g[i] == solution[i] for i in given) for g in sudoku_grids()) == 1:
-                puzzle = "".join(c if i in given else "0" for i, c in enumerate(solution))
+            puzzle = "".join("0" if i in empty else c for i, c in enumerate(solution))
+            fits = re.compile(puzzle.replace("0", ".")).match
+            if len(list(filter(fits, sudoku_grids()))) == 1:  # one solution
                 return {"puzzle": puzzle, "solution": solution}
 
     def key(self, example):
@@ -1277,8 +1250,8 @@ class Sudoku(Task):
             raise ValueError("puzzle and solution must have 16 digits")
         return {"puzzle": puzzle, "solution": solution}
 
-    def question(self, example):
-        return f"Solve the following Sudoku puzzle: {example['puzzle']}"
+    def of_record(self, record):
+        return {"puzzle": re.search(r"\d{16}", record["question"])[0], "solution": record["ground_truth"]}
 
     def solve(self, example, rng, careful):
         if careful:
@@ -1288,15 +1261,10 @@ class Sudoku(Task):
     def ground_truth(self, example):
         return example["solution"]
 
-    def of_record(self, record):
-        return {"puzzle": re.search(r"\d{16}", record["question"])[0], "solution": record["ground_truth"]}
-
-    @staticmethod
-    def cells(digits: str, example: dict) -> float:
+    def cells(self, digits: str, example: dict) -> float:
         """Share of the empty cells that are right."""
         empty = [i for i, c in enumerate(example["puzzle"]) if c == "0"]
-        digits = digits.ljust(16, "0")
-        return sum(digits[i] == example["solution"][i] for i in empty) / max(len(empty), 1)
+        return sum(digits.ljust(16, "0")[i] == example["solution"][i] for i in empty) / max(len(empty), 1)
 
     def rewards(self, completion, example, official=False):
         answers = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
@@ -1307,72 +1275,25 @@ class Sudoku(Task):
         digits = "".join((found or "").split())
         return Grade(digits == example["solution"], self.cells(digits, example), found)
 
+    def official_grade(self, completion, example, gold):
+        """Share of empty cells right in what the first of five patterns finds."""
+        patterns = (r"<answer>.*?```\s*([\d\s]+)```", r"<answer>(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|</answer>)",
+                    r"</answer>\s*(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|$)", r"(\d{16})\s*</answer>", r"\b(\d{16})\b")
+        matches = (re.search(p, completion, re.DOTALL) for p in patterns)
+        found = next((m[1].strip() for m in matches if m and m[1].strip()), "")
+        score = self.cells("".join(found.split()), example)
+        return Grade(score == 1, score, found or None)
+
 TASKS: dict[str, Task] = {t.name: t for t in (Gsm8k(), Math500(), Countdown(), Sudoku())}
 
 def grade_generation(task: str, row: dict, mode: str = "strict") -> Grade:
-    """Grade a row {"question", "generations", "ground_truth"} of a generations file.
-
-    mode "strict" is ours; "official" follows the official parser, whose sudoku score is the share
-    of empty cells. Both figures are reported.
-    """
+    """Grade a row {"question", "generations", "ground_truth"} of a file; mode "strict" is ours, else "official"."""
     if task not in TASKS or mode not in ("strict", "official"):
         raise ValueError(f"no grading of task {task!r} in mode {mode!r}")
-    example = TASKS[task].of_record(row)
+    example, text = TASKS[task].of_record(row), row["generations"]
     if mode == "strict":
-        return TASKS[task].grade(row["generations"], example)
-    return OFFICIAL_GRADES[task](row["generations"], row, example)
-
-def official_boxed(text: str) -> str | None:
-    """Content of the last box as the official parser reads it, "\\boxed 7$" included; None without one."""
-    return text.split("\\boxed ")[-1].split("$")[0] if "\\boxed " in text else last_boxed(text)
-
-def official_gsm8k(text: str, row: dict, example: dict) -> Grade:
-    """First box with a number in it, else the last number of the first <answer>."""
-
-    def numbers(content):
-        try:
-            return [float(content.strip())]
-        except ValueError:
-            return [float(n) for n in re.findall(r"-?\d+\.?\d*", content)]
-
-    boxes = [n for content in re.findall(r"\\boxed{(.*?)}", text) for n in numbers(content)[:1]]
-    found = (boxes or numbers(first_answer(text) or "")[-1:] or [None])[0]
-    right = found is not None and found == row["ground_truth"]
-    return Grade(right, float(right), None if found is None else str(found))
-
-def official_math(text: str, row: dict, example: dict) -> Grade:
-    """Last box, else the first <answer>, compared by `equal_latex`."""
-    found = official_boxed(text) or first_answer(text)
-    right = found is not None and equal_latex(found, row["ground_truth"])
-    return Grade(right, float(right), found)
-
-def official_reaches(text: str, example: dict) -> bool:
-    """Countdown as the official code decides it, in floats to 1e-5."""
-    value = arithmetic(text, float) if uses_numbers(text, example["numbers"]) else None
-    return value is not None and abs(value - example["target"]) < 1e-5
-
-def official_countdown(text: str, row: dict, example: dict) -> Grade:
-    """Last box, else the first <answer>, else all of it; the left side of an equation."""
-    found = next(s for s in (official_boxed(text), first_answer(text), text) if s is not None)
-    for tex, op in (("\\div", "/"), ("\\times", "*"), ("\\cdot", "*")):
-        found = found.replace(tex, op)
-    equation = re.search(r"([0-9+\-*/() ]+)=[0-9. ]+", found)
-    found = equation[1].strip() if equation else found
-    right = official_reaches(found, example)
-    return Grade(right, float(right), found)
-
-def official_sudoku(text: str, row: dict, example: dict) -> Grade:
-    """Share of empty cells right in what the first of five patterns finds."""
-    patterns = (r"<answer>.*?```\s*([\d\s]+)```", r"<answer>(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|</answer>)",
-                r"</answer>\s*(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|$)", r".*?(\d{16})\s*</answer>", r"\b(\d{16})\b")
-    matches = (re.search(p, text, re.DOTALL) for p in patterns)
-    found = next((m[1].strip() for m in matches if m and m[1].strip()), "")
-    score = Sudoku.cells("".join(found.split()), example)
-    return Grade(score == 1, score, found or None)
-
-OFFICIAL_GRADES = {
-    "gsm8k": official_gsm8k, "math500": official_math, "count": official_countdown, "sudoku": official_sudoku
-}
+        return TASKS[task].grade(text, example)
+    return TASKS[task].official_grade(text, example, row["ground_truth"])
 
 
 # %% 11. The two stages' loops — Algorithm 2 (masked SFT) and Algorithm 1 (diffu-GRPO)
@@ -1394,6 +1315,10 @@ class Streams:
     def order(self, name: str, epoch: int, n: int) -> list[int]:
         """The order in which epoch number `epoch` visits n items."""
         return torch.randperm(n, generator=self.generator(name, epoch)).tolist()
+
+def precision(device: torch.device):
+    """bf16 arithmetic on a GPU, whatever the weights are stored in; the losses are fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 class Stage:
     """What both stages share: optimizer, loop, guard, log and checkpoint.
@@ -1421,10 +1346,6 @@ class Stage:
         # `net` is the model as it is trained: with several processes, its backward averages the gradient over them
         self.net, self.optimizer = self.accel.prepare(model, optimizer)
         self.best = None  # (held-out score, step, weights): see DiffuGRPO
-
-    def precision(self):
-        """bf16 arithmetic on a GPU, whatever the weights are stored in; the losses are fp32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     @contextlib.contextmanager
     def dropout_from(self, *key):
@@ -1545,7 +1466,7 @@ class MaskedSFT(Stage):
         xt, masked = forward_process(x0, t, keep, self.tokenizer.mask_token_id, generator)
         share = (~keep[mine]).sum() / (~keep).sum()
         x0, t, keep, xt, masked = (v[mine].to(self.device) for v in (x0, t, keep, xt, masked))
-        with self.precision(), self.dropout_from(*key, mine.start):
+        with precision(self.device), self.dropout_from(*key, mine.start):
             loss, metrics = masked_nelbo(self.net(xt).logits, x0, masked, t, keep)
         return loss * share.item(), metrics
 
@@ -1566,7 +1487,7 @@ class MaskedSFT(Stage):
     def check(self, screen: Screen) -> dict[str, float]:
         """Held-out loss, with the same masks at every check."""
         self.model.eval()
-        size = self.cfg.bs_sft
+        size = self.cfg.rows_sft
         parts = [self.heldout[i : i + size] for i in range(0, len(self.heldout), size)]
         losses = [self.nelbo(p, ("sft_check", i))[0].item() * len(p) for i, p in enumerate(parts)]
         return {"heldout_loss": sum(losses) / len(self.heldout)}
@@ -1655,9 +1576,8 @@ class DiffuGRPO(Stage):
         self.sample = f"{question} -> {texts[0]!r} (reward {rewards[0]:.2f})"
         # [D2] official, with accumulation 2, meets 6 of its 12 masks twice (diffu_grpo_trainer.py:96,
         #      373). here: mu masks a row, drawn over its real tokens from a stream of its own.
-        shapes = [(torch.ones(cfg.mu, len(p), dtype=torch.bool), self.streams.generator("hide", i))
-                  for p, i in zip(prompts, rows, strict=True)]
-        masks = [draw_prompt_mask(tokens, cfg.pmask, stream) for tokens, stream in shapes]  # (mu, its length) each
+        real_tokens = [torch.ones(cfg.mu, len(p), dtype=torch.bool) for p in prompts]  # (mu, its length) each
+        masks = [draw_prompt_mask(t, cfg.pmask, self.streams.generator("hide", i)) for t, i in zip(real_tokens, rows, strict=True)]
         hide = torch.stack([F.pad(m, (prompt.shape[1] - m.shape[1], 0)) for m in masks], dim=1).to(self.device)
         # [D9] official runs all mu masks of old and ref in one forward, 7.7 GiB of logits at 8B.
         #      here: one mask at a time, the same numbers.
@@ -1667,20 +1587,21 @@ class DiffuGRPO(Stage):
             with self.reference() as ref:
                 logp_ref = [one_step_logp(ref, prompt, completion, h, tok.mask_token_id, real) for h in hide]
         parts = {f"reward/{k}": sum(s[k] for s in scores) / len(scores) for k in scores[0]}
-        return Rollout(prompt, real, completion, live_tokens(completion, tok.eos_token_id), rewards,
-                       group_advantages(rewards, cfg.group), hide, logp_old, logp_ref,
+        live, advantages = live_tokens(completion, tok.eos_token_id), group_advantages(rewards, cfg.group)
+        return Rollout(prompt, real, completion, live, rewards, advantages, hide, logp_old, logp_ref,
                        {**parts, "prompts_cut": cut})
 
     def update(self) -> dict[str, float]:
         """Algorithm 1, lines 7 to 11: inner update k on its own prompt mask."""
         batch, k = divmod(self.step, self.cfg.mu)
         if k == 0 or not self.batch:
-            self.batch = [self.draw(micro) for micro in self.micro_batches(batch)]
+            with precision(self.device):
+                self.batch = [self.draw(micro) for micro in self.micro_batches(batch)]
         rows = []
         for r in self.batch:
             # the gradient is averaged over processes once, with the last micro-batch
             sync = contextlib.nullcontext() if r is self.batch[-1] else self.accel.no_sync(self.net)
-            with sync, self.precision():
+            with sync, precision(self.device):
                 logp = one_step_logp(self.net, r.prompt, r.completion, r.hide[k], self.tokenizer.mask_token_id, r.real)
                 loss, metrics = diffu_grpo_loss(
                     logp, r.logp_old[k], r.logp_ref[k] if r.logp_ref else None, r.advantages, r.live,
@@ -1781,7 +1702,7 @@ def generate(
     for first in range(0, len(order), cfg.bs_eval):
         chosen = order[first : first + cfg.bs_eval]
         ids, real = pad_left([prompts[i] for i in chosen], tokenizer.pad_token_id, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with precision(device):
             out = diffuse_decode(
                 model, ids, mask_id=tokenizer.mask_token_id, attention_mask=real, gen_length=gen_length,
                 block_length=cfg.block_length, eos_id=tokenizer.eos_token_id, stop_at_eos=True,
