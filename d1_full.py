@@ -84,7 +84,6 @@ import time
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -106,22 +105,22 @@ def opt(paper, help, source="ours", *, official=None, tiny=None, choices=(), low
     columns = {"paper": paper, "official": official, "tiny": tiny}
     columns = {k: paper if v is None else v for k, v in columns.items()}
     meta = dict(columns=columns, help=help, source=source, choices=choices, low=low, high=high)
-    return field(default=None, metadata=meta)
+    return dataclasses.field(default=None, metadata=meta)
 
 RL_TASKS = ("gsm8k", "math500", "count", "sudoku")
 TASK_CHOICES = ("sft_only", *RL_TASKS, "table1")
-PRESETS = ("auto", "paper", "official", "tiny")
 HUB_ROWS = 20000  # more problems than the paper's longest run draws
 STEPS_RL = {"gsm8k": 7700, "math500": 6600, "count": 5000, "sudoku": 3800, "*": 5000}
 
-@dataclass
+@dataclasses.dataclass
 class Settings:
     """Every flag of the command line. `settle` fills a field from argv, --config or its preset."""
 
     # what to run
     task: str = opt("", "what to run", choices=TASK_CHOICES)
     model: str = opt("tiny", "tiny, a hub id, a folder in hub format, or a checkpoint of this script")
-    preset: str = opt("auto", "column of defaults; auto = tiny for the tiny model, else paper", choices=PRESETS)
+    preset: str = opt("auto", "column of defaults; auto = tiny for the tiny model, else paper",
+                      choices=("auto", "paper", "official", "tiny"))
     config: str = opt("", "YAML file that may give any flag; the command line wins")
     output_dir: str = opt("ckpt", "results go to OUTPUT_DIR/<sft or task>/")
     seed: int = opt(42, "seeds every random stream of the run", "official train.yaml", tiny=0, low=0)
@@ -139,13 +138,12 @@ class Settings:
     lora_targets: str = opt("all", "layers to adapt: all = every linear of the blocks, or names with commas [D7]",
                             "App. D", official={"sft_only": "q_proj,k_proj,v_proj",
                                                "*": "q_proj,k_proj,v_proj,up_proj"})
-    lora_r: int = opt({"sft_only": 8, "*": 128}, "LoRA rank", "App. D, SFT as in v1", official=128, low=1)
-    lora_alpha: int = opt({"sft_only": 16, "*": 64}, "LoRA alpha", "App. D, SFT as in v1",
-                          official={"sft_only": 256, "*": 64}, low=1)
+    lora_r: int = opt({"sft_only": 8, "*": 128}, "LoRA rank", "App. D; SFT: v1", official=128, low=1)
+    lora_alpha: int = opt({"sft_only": 16, "*": 64}, "LoRA alpha", "v1", official={"sft_only": 256, "*": 64}, low=1)
     lora_dropout: float = opt(0.05, "LoRA dropout of stage 1; stage 2 has none [D6]", "App. D", low=0.0, high=0.99)
     load_4bit: bool = opt(False, "NF4 base weights, double quantisation, bf16 compute", "App. D")
     attn: str = opt("auto", "attention kernel", choices=("auto", "sdpa", "flash_attention_2", "eager"))
-    dtype: str = opt("auto", "of the weights; auto = fp32 to train all of them, else bf16 on GPUs, as stored on CPUs",
+    dtype: str = opt("auto", "of the weights; auto = fp32 if all are trained, else bf16 on a GPU, as stored on a CPU",
                      choices=("auto", "float32", "bfloat16"))
     grad_checkpoint: bool = opt(False, "gradient checkpointing: less memory, a third more time")
     export: str = opt("", "also write the final model with all its weights: hf or merged for transformers, llada for "
@@ -161,8 +159,7 @@ class Settings:
     warmup_sft: int = opt(0, "steps of linear warm-up", "App. D.2", tiny=100, low=0)
     wd_sft: float = opt(0.1, "AdamW weight decay", "App. D.2", low=0.0)
     clip_sft: float = opt(1.0, "gradient norm limit", "App. D.2", low=0.0)
-    sft_length: int = opt(4096, "rows are padded with EOS to this length or cut", "App. D.2",
-                          tiny={"count": 45, "*": 53}, low=8)
+    sft_length: int = opt(4096, "rows are padded with EOS to it or cut", "App. D", tiny={"count": 45, "*": 53}, low=8)
     sft_extra: int = opt(0, "one SFT batch in five is up to this much longer, to know longer canvases", tiny=64, low=0)
     n_traces: int = opt(8000, "generated traces a task in the tiny model's SFT corpus", low=1)
     # stage 2: diffu-GRPO
@@ -170,8 +167,7 @@ class Settings:
     group: int = opt(6, "G, completions drawn per prompt", "Sec. 4", tiny=8, low=2)
     bs_rl: int = opt(6, "completions per device and backward pass, a multiple of G", "App. D", tiny=64, low=2)
     grad_accum: int = opt(2, "backward passes per update", "App. D", tiny=1, low=1)
-    mu: int = opt(12, "inner updates per drawn batch", "App. D; official: 8 for count and sudoku",
-                  official={"gsm8k": 12, "math500": 12, "*": 8}, tiny=8, low=1)
+    mu: int = opt(12, "inner updates a batch", "App. D", official={"count": 8, "sudoku": 8, "*": 12}, tiny=8, low=1)
     pmask: float = opt(0.15, "p_mask: probability that a prompt token is masked", "Sec. 3.1", low=0.0, high=1.0)
     eps: float = opt(0.5, "clip half-width of the ratio", "App. D", low=0.0)
     beta: float = opt(0.04, "weight of the KL to the start of stage 2", "App. D", low=0.0)
@@ -180,16 +176,14 @@ class Settings:
     lr_rl: float = opt(3e-6, "constant learning rate", "App. D", tiny=2e-4, low=0.0)
     wd_rl: float = opt(0.1, "AdamW weight decay", "App. D", low=0.0)
     clip_rl: float = opt(0.2, "gradient norm limit", "App. D", low=0.0)
-    temperature: float = opt({"sudoku": 0.3, "*": 0.9}, "sampling temperature of rollouts",
-                             "App. D; official scripts: .9 in effect", official=0.9, tiny=0.9, low=0.0)
+    temperature: float = opt({"sudoku": 0.3, "*": 0.9}, "of rollouts", "App. D", official=0.9, tiny=0.9, low=0.0)
     max_prompt: int = opt(200, "longest prompt; longer ones are cut on the left", "App. D", tiny=64, low=1)
     # decoder and evaluation
     gen_length: int = opt(256, "tokens a rollout may take", "App. D", tiny=32, low=1)
     block_length: int = opt(32, "tokens of a semi-autoregressive block", "App. D", low=1)
     diffusion_steps: int = opt(0, "denoising steps of a rollout; 0 = gen_length/2", "App. D", low=0)
     eval_lengths: str = opt("128,256,512", "evaluation lengths; greedy, length/2 steps", "Sec. 4", tiny="32,64,96")
-    limit: int = opt({"count": 256, "sudoku": 256, "*": 0}, "test problems to evaluate; 0 = all, or 256 generated ones",
-                     "App. D", tiny=0, low=0)
+    limit: int = opt({"count": 256, "sudoku": 256, "*": 0}, "test problems; 0 = all, or 256 generated", tiny=0, low=0)
     bs_eval: int = opt(8, "rows decoded at once", tiny=128, low=1)
     save_steps: int = opt(100, "updates between checkpoints and held-out checks", "official train.yaml", tiny=40, low=1)
 
@@ -360,7 +354,7 @@ def diffu_grpo_loss(
 
 
 # %% 7. Block decoder — semi-autoregressive denoising with remasking (LLaDA; Sec. 4 evaluation)
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Frame:
     """The canvas after one denoising step."""
 
@@ -698,8 +692,7 @@ def complete_tokens(model, tokenizer, raw: dict) -> None:
         if token is None:
             raise UserError(f"config.json names {known} as the mask token, and the tokenizer has no such token")
         tokenizer.add_special_tokens({"mask_token": token})
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
+    if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         with torch.no_grad():
             for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -712,14 +705,13 @@ def check_bidirectional(model, name: str) -> None:
     """UserError if the first position cannot see the last one: such a model cannot fill in masks."""
     ids = torch.ones(2, 8, dtype=torch.long, device=model.device)
     ids[1, -1] = 2
-    first = model.eval()(ids).logits[:, 0]  # (2, V)
-    if torch.equal(first[0], first[1]):
+    if torch.equal(*model.eval()(ids).logits[:, 0]):  # (V,) each
         raise UserError(f"{name}: {type(model).__name__} sees the left only, even with is_causal=False")
 
 def check_positions(model, length: int) -> None:
     """UserError if `length` tokens are more than the learned positions of a model such as BERT."""
-    limit = getattr(model.config, "max_position_embeddings", length)
-    if length > limit and any("position_embeddings" in n for n, _ in model.named_parameters()):
+    learned = any("position_embeddings" in n for n, _ in model.named_parameters())
+    if learned and length > (limit := model.config.max_position_embeddings):
         raise UserError(f"{length} tokens are more than the model's {limit} positions: lower --sft_length, "
                         "--max_prompt, --gen_length or --eval_lengths")
 
@@ -729,7 +721,7 @@ def shift_logits(module, args, output):
     return output
 
 def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto", device=None, seed=0):
-    """Load a model and its tokenizer: (model, tokenizer), with model(input_ids, attention_mask=None).logits.
+    """Load (model, tokenizer), with model(input_ids, attention_mask=None).logits.
 
     name: "tiny" (random from `seed`), a hub id, a folder, LLaDA's format included, or an adapter
     folder of this script. dtype: None = the checkpoint's own on CPU, bf16 on CUDA. lora: None or
@@ -748,10 +740,10 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
     name, base = resolve_checkpoint(name), base_of(name)
     raw = read_config(base)
     model = load_weights(base, raw, dtype, load_4bit, attn, device)
-    plain = {"llada": transformers.PreTrainedTokenizerFast, "Dream": transformers.Qwen2Tokenizer}
-    reader = plain.get(raw.get("model_type"), transformers.AutoTokenizer)
+    plain = {"llada": transformers.PreTrainedTokenizerFast, "Dream": transformers.Qwen2Tokenizer}  # no code of theirs
     with refusing(f"cannot load the tokenizer of {name}"):
         own = Path(name, "tokenizer_config.json").exists() or name == base
+        reader = plain.get(raw.get("model_type"), transformers.AutoTokenizer)
         tokenizer = reader.from_pretrained(name if own else base, trust_remote_code=False)
     complete_tokens(model, tokenizer, raw)
     model.name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base  # what an adapter remembers
@@ -854,7 +846,7 @@ def reply_texts(tokenizer, completion: Tensor) -> list[str]:
 SYSTEM = ("Think step by step, then answer. Write your reply exactly in this form:\n"
           "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>")
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Grade:
     """Verdict on one reply: right or not, a score in [0, 1] (sudoku: share of empty cells), the answer read."""
 
@@ -904,7 +896,8 @@ def arithmetic(text: str, number: type = Fraction) -> Any:
     # [D11] official pays for any answer and calls eval on it, so 9**9**9 hangs (reward_func.py:105).
     #       here: the text is parsed, never run: 300 characters at most and no powers.
     text = " ".join(text.split())
-    if len(text) > 300 or not re.fullmatch(r"[\d+\-*/(). ]+", text, re.ASCII):
+    point = "." * (number is float)  # 2.5 would pass for the integers 2 and 5
+    if len(text) > 300 or not re.fullmatch(rf"[\d+\-*/() {point}]+", text, re.ASCII):
         return None
     known = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.USub: operator.neg}
@@ -972,9 +965,8 @@ def tag_count_reward(text: str) -> float:
 class Task:
     """One benchmark: where its problems come from, how they are asked, paid and graded.
 
-    A subclass gives: generate(rng) -> example, an embedded problem; parse(row) -> example, from a data
-    file; of_record(row) -> example, from a generations file; rewards; grade and official_grade; and
-    solve(example, rng, careful) -> (work, answer), where the one below does not do.
+    A subclass gives an example by generate(rng), embedded, parse(row), of a data file, and of_record(row), of a
+    generations file; further rewards, grade and official_grade, and solve where the one below does not do.
     """
 
     name = official_name = hub = ""  # as in --task; as in the official generations' file names; the public data set
@@ -1076,7 +1068,7 @@ class Gsm8k(Task):
 
     def of_record(self, record):
         gold = record["ground_truth"]  # the official file has null where its own parser failed
-        return {"answer": "" if gold is None else f"{gold:g}" if isinstance(gold, float) else str(gold)}
+        return {"answer": "" if gold is None else f"{gold:.12g}" if isinstance(gold, float) else str(gold)}
 
     def rewards(self, completion, example, official=False):
         found = completion.split("<answer>")[-1].split("</answer>")[0].strip() if official else last_answer(completion)
@@ -1328,9 +1320,6 @@ class Stage:
     """
 
     name = ""
-    update: Callable
-    check: Callable
-    batch_name: Callable
 
     def __init__(self, model, tokenizer, cfg: Settings, out: Path, lr: float, wd: float, clip: float, total: int):
         from accelerate import Accelerator
@@ -1346,6 +1335,7 @@ class Stage:
         # `net` is the model as it is trained: with several processes, its backward averages the gradient over them
         self.net, self.optimizer = self.accel.prepare(model, optimizer)
         self.best = None  # (held-out score, step, weights): see DiffuGRPO
+        self.span = 1  # steps from one place to resume at to the next
 
     @contextlib.contextmanager
     def dropout_from(self, *key):
@@ -1361,10 +1351,6 @@ class Stage:
         rows = gather_object(rows)
         columns = {k: [r[k] for r in rows] for k in rows[0]}
         return {k: max(v) if k.endswith("_max") else sum(v) / len(v) for k, v in columns.items()}
-
-    def at_boundary(self) -> bool:
-        """True if the run can be resumed from after this step."""
-        return True
 
     def rate(self) -> float:
         """Learning rate of the current step."""
@@ -1401,7 +1387,7 @@ class Stage:
             append_jsonl(self.out / "metrics.jsonl", metrics)
             screen.advance(metrics)
             due = due or self.step % self.cfg.save_steps == 0
-            if self.step == self.total or (due and self.at_boundary()):
+            if self.step == self.total or (due and self.step % self.span == 0):
                 due = False
                 figures = self.check(screen)
                 append_jsonl(self.out / "metrics.jsonl", {"stage": self.name, "step": self.step, **figures})
@@ -1455,8 +1441,7 @@ class MaskedSFT(Stage):
     def nelbo(self, rows, key, mine: slice = slice(None)) -> tuple[Tensor, dict]:
         """Algorithm 2: mask the replies at random levels, predict what was hidden, weigh by 1/t.
 
-        The noise is drawn for the whole batch, so it does not depend on who computes which rows.
-        With `mine`, this process's share of the batch's loss: the shares of all add up to it.
+        The noise is drawn for the whole batch, whoever computes which rows; the shares of `mine` add up to its loss.
         """
         generator = self.streams.generator(*key)
         longer, extra = draw_uniform((2,), generator, "cpu").tolist()
@@ -1492,7 +1477,7 @@ class MaskedSFT(Stage):
         losses = [self.nelbo(p, ("sft_check", i))[0].item() * len(p) for i, p in enumerate(parts)]
         return {"heldout_loss": sum(losses) / len(self.heldout)}
 
-@dataclass
+@dataclasses.dataclass
 class Rollout:
     """One drawn micro-batch: B completions, the G of a prompt adjacent, and the mu prompt masks for it."""
 
@@ -1507,8 +1492,6 @@ class Rollout:
     logp_ref: list[Tensor]  # mu of (B, C); empty if beta is 0
     parts: dict[str, float]  # mean of each reward part, share of prompts cut
 
-RewardFn = Callable[[list[str], list[dict]], list[dict[str, float]]]
-
 class DiffuGRPO(Stage):
     """Stage 2: policy gradient with one-step log-probabilities.   d1 Algorithm 1, Sec. 3.2
 
@@ -1518,9 +1501,8 @@ class DiffuGRPO(Stage):
 
     name = "diffu_grpo"
 
-    def __init__(
-        self, model, tokenizer, examples: Sequence[dict], ask, reward: RewardFn, cfg: Settings, out: Path, heldout=None
-    ):
+    def __init__(self, model, tokenizer, examples: Sequence[dict], ask: Callable, reward: Callable, cfg: Settings,
+                 out: Path, heldout: Callable | None = None):
         super().__init__(model, tokenizer, cfg, out, cfg.lr_rl, cfg.wd_rl, cfg.clip_rl, cfg.steps_rl)
         self.examples, self.ask, self.reward, self.heldout = examples, ask, reward, heldout
         # [D6] official leaves LoRA dropout on in every pass, so the ratio is not 1 at the first inner
@@ -1531,10 +1513,7 @@ class DiffuGRPO(Stage):
         #      frozen start of stage 2, and stays so.
         self.reference = freeze_reference(model)
         self.batch: list[Rollout] = []
-        self.sample = ""
-
-    def at_boundary(self) -> bool:
-        return self.step % self.cfg.mu == 0
+        self.sample, self.span = "", cfg.mu
 
     def batch_name(self) -> str:
         i = self.step // self.cfg.mu
@@ -1576,9 +1555,10 @@ class DiffuGRPO(Stage):
         self.sample = f"{question} -> {texts[0]!r} (reward {rewards[0]:.2f})"
         # [D2] official, with accumulation 2, meets 6 of its 12 masks twice (diffu_grpo_trainer.py:96,
         #      373). here: mu masks a row, drawn over its real tokens from a stream of its own.
-        real_tokens = [torch.ones(cfg.mu, len(p), dtype=torch.bool) for p in prompts]  # (mu, its length) each
-        masks = [draw_prompt_mask(t, cfg.pmask, self.streams.generator("hide", i)) for t, i in zip(real_tokens, rows, strict=True)]
-        hide = torch.stack([F.pad(m, (prompt.shape[1] - m.shape[1], 0)) for m in masks], dim=1).to(self.device)
+        hide = torch.zeros(cfg.mu, *real.shape, dtype=torch.bool, device=self.device)  # (mu, B, P)
+        for b, i in enumerate(rows):
+            tokens = torch.ones(cfg.mu, len(prompts[b]), dtype=torch.bool)
+            hide[:, b, -len(prompts[b]) :] = draw_prompt_mask(tokens, cfg.pmask, self.streams.generator("hide", i))
         # [D9] official runs all mu masks of old and ref in one forward, 7.7 GiB of logits at 8B.
         #      here: one mask at a time, the same numbers.
         logp_old = [one_step_logp(self.model, prompt, completion, h, tok.mask_token_id, real) for h in hide]
@@ -1639,10 +1619,7 @@ def eval_mode(model) -> None:
         module.training = bool(getattr(module, "gradient_checkpointing", False))
 
 def freeze_reference(model) -> Callable[[], contextlib.AbstractContextManager]:
-    """The policy as it is now: under LoRA all adapters but a new one to train, else a copy of the model.
-
-    Returns a function that gives a context manager; inside it, its value is the reference.
-    """
+    """A function whose context manager gives the policy as it is now: under LoRA without the adapter to train."""
     if not hasattr(model, "peft_config"):
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
         return lambda: contextlib.nullcontext(frozen)
@@ -1688,10 +1665,7 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
 def generate(
     model, tokenizer, task: Task, examples: Sequence[dict], cfg: Settings, gen_length: int, tick=None
 ) -> Iterator[tuple[int, dict]]:
-    """Greedy replies, length / 2 steps: yields (index, record in the official generations schema).
-
-    Each process takes its share of the examples; `gather_generations` brings them together.
-    """
+    """Greedy replies to this process's share, length / 2 steps: yields (index, record in the official schema)."""
     eval_mode(model)
     check_positions(model, cfg.max_prompt + gen_length)
     device = next(model.parameters()).device
@@ -1874,8 +1848,8 @@ def run_state(cfg: Settings, stages: list[str], origin: str) -> dict:
     """What d1_state.json tells of a checkpoint: stages passed, settings, versions, commit, argv."""
     import transformers
 
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    where = str(Path(__file__).resolve().parent)
+    git = subprocess.run(["git", "-C", where, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
     return dict(stages=stages, preset=cfg.preset, origin=origin, settings=dataclasses.asdict(cfg), argv=sys.argv[1:],
                 versions=versions, commit=git.stdout.strip() or None)
@@ -1904,9 +1878,9 @@ class Screen:
         if self.live:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            name_, note = TextColumn("{task.description:<22}"), TextColumn("{task.fields[note]}")
-            columns = (name_, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
-            self.bar = Progress(*columns, console=self.console, transient=name.startswith("eval"))
+            columns = TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            note = TextColumn("{task.fields[note]}")
+            self.bar = Progress(*columns, note, console=self.console, transient=name.startswith("eval"))
             self.handle = self.bar.add_task(name, total=total, completed=done, note="")
             self.bar.start()
 
@@ -1931,11 +1905,10 @@ class Screen:
 
     def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table; columns after the first are right-aligned."""
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        table = Table(title=title, title_justify="left")
-        for i, h in enumerate(header):
-            table.add_column(h, justify="left" if i == 0 else "right", no_wrap=True)
+        columns = [Column(h, justify="right" if i else "left", no_wrap=True) for i, h in enumerate(header)]
+        table = Table(*columns, title=title, title_justify="left")
         for row in rows:
             table.add_row(*map(str, row))
         self.console.print(table)
@@ -1944,15 +1917,13 @@ def results_table(screen: Screen, entries: list[dict], cfg: Settings) -> None:
     """Rows x tasks x lengths, each with its 95 % interval, and the paper's figure where the model is LLaDA."""
     lengths = sorted({e["gen_length"] for e in entries})
     standin = {"gsm8k", "math500"} & {e["task"] for e in entries if cfg.preset == "tiny" and not e["data"]}
-    rows = []
-    cells = {(e["task"], e["row"], e["gen_length"]): e for e in entries}
+    cells, rows = {(e["task"], e["row"], e["gen_length"]): e for e in entries}, []
     for task, row in dict.fromkeys((e["task"], e["row"]) for e in entries):
-        line = [task + (" (stand-in)" if task in standin else ""), ROW_TITLES[row]]
+        line = [task + " (stand-in)" * (task in standin), ROW_TITLES[row]]
         for length in lengths:
             e = cells.get((task, row, length))
             text = "-" if e is None else f"{100 * e['accuracy']:.1f} [{100 * e['low']:.0f}, {100 * e['high']:.0f}]"
-            if e and "cells" in e:
-                text += f" cells {100 * e['cells']:.1f}"
+            text += f" cells {100 * e['cells']:.1f}" if e and "cells" in e else ""
             if "llada" in cfg.model.lower() and length in (128, 256, 512):
                 text += f" (paper {PAPER_TABLE1[task][row].split()[(128, 256, 512).index(length)]})"
             line.append(text)
@@ -1994,11 +1965,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(message)
-
-def default_of(f: dataclasses.Field, preset: str, task: str) -> Any:
-    """A setting's default in a preset, for a task."""
-    value = f.metadata["columns"][preset]
-    return value.get(task, value.get("*")) if isinstance(value, dict) else value
 
 def show_default(f: dataclasses.Field) -> str:
     """A setting's defaults as --help shows them."""
@@ -2066,7 +2032,9 @@ def settle(given: dict[str, tuple[Any, str]]) -> tuple[Settings, dict[str, str]]
         preset = "tiny" if small else "paper"
     cfg, origin = Settings(), {}
     for f in dataclasses.fields(Settings):
-        value, where = given.get(f.name, (default_of(f, preset, task), f"preset {preset}"))
+        default = f.metadata["columns"][preset]
+        default = default.get(task, default.get("*")) if isinstance(default, dict) else default
+        value, where = given.get(f.name, (default, f"preset {preset}"))
         setattr(cfg, f.name, float(value) if f.type == "float" else value)
         origin[f.name] = where
     cfg.preset = preset
@@ -2095,21 +2063,21 @@ def validate(cfg: Settings) -> None:
     if cfg.diffusion_steps and not blocks <= cfg.diffusion_steps <= cfg.gen_length:
         bounds = f"between {blocks} (one a block) and --gen_length {cfg.gen_length}"
         raise UserError(f"--diffusion_steps must be {bounds}, not {cfg.diffusion_steps}")
-    if cfg.bs_rl % cfg.group:
-        raise UserError(f"--bs_rl {cfg.bs_rl} must be a multiple of --group {cfg.group}")
-    if cfg.eval_only and cfg.task not in RL_TASKS:
-        raise UserError(f"--eval_only needs a benchmark: --task {', '.join(RL_TASKS)}")
-    if cfg.task == "sft_only" and cfg.skip_sft:
-        raise UserError("--task sft_only and --skip_sft leave nothing to do")
-    if cfg.model == "tiny" and (cfg.use_lora or cfg.load_4bit):
-        raise UserError("--model tiny starts from random weights: train it without --use_lora and --load_4bit first")
-    if cfg.load_4bit and not cfg.use_lora and cfg.task and not cfg.eval_only:
-        raise UserError("--load_4bit weights cannot be trained: add --use_lora")
-    for flag, package in (("load_4bit", "bitsandbytes"), ("attn", "flash_attn")):
-        if getattr(cfg, flag) in (True, "flash_attention_2") and not importlib.util.find_spec(package):
-            raise UserError(f"--{flag} needs the package {package}; requirements.txt says how to install it")
-    if cfg.attn == "flash_attention_2" and not torch.cuda.is_available():
-        raise UserError("--attn flash_attention_2 needs a CUDA GPU: use --attn auto")
+    trains = bool(cfg.task) and not cfg.eval_only
+    flash = cfg.attn == "flash_attention_2"
+    for wrong, text in (
+        (cfg.bs_rl % cfg.group, f"--bs_rl {cfg.bs_rl} must be a multiple of --group {cfg.group}"),
+        (cfg.eval_only and cfg.task not in RL_TASKS, f"--eval_only needs a benchmark: --task {', '.join(RL_TASKS)}"),
+        (cfg.task == "sft_only" and cfg.skip_sft, "--task sft_only and --skip_sft leave nothing to do"),
+        (cfg.model == "tiny" and (cfg.use_lora or cfg.load_4bit),
+         "--model tiny starts from random weights: train it without --use_lora and --load_4bit first"),
+        (cfg.load_4bit and trains and not cfg.use_lora, "--load_4bit weights cannot be trained: add --use_lora"),
+        (cfg.load_4bit and not importlib.util.find_spec("bitsandbytes"), "--load_4bit needs the package bitsandbytes"),
+        (flash and not importlib.util.find_spec("flash_attn"), "--attn flash_attention_2 needs the package flash-attn"),
+        (flash and not torch.cuda.is_available(), "--attn flash_attention_2 needs a CUDA GPU: use --attn auto"),
+    ):
+        if wrong:
+            raise UserError(text)
     if cfg.model != "tiny":
         base_of(cfg.model)
     for source in filter(None, (cfg.data, cfg.sft_data)):
@@ -2130,17 +2098,20 @@ def read_traces(cfg: Settings, tokenizer, screen: Screen) -> list[tuple[list[int
     """(ids, prompt_len) of each trace of --sft_data; rows that are malformed or too long are counted and named."""
     rows, bad, long = [], [], []
     for number, row in enumerate(read_rows(cfg.sft_data, "train"), 1):
-        question, reply = read_trace(row)
+        question, reply, thoughts = row.get("question"), row.get("reply"), row.get("thinking_trajectories")
+        thoughts = thoughts[0] if isinstance(thoughts, list) and thoughts else thoughts
+        if thoughts and isinstance(thoughts, str) and isinstance(row.get("attempt"), str):
+            reply = f"<reasoning>\n{thoughts}\n</reasoning>\n<answer>\n{row['attempt']}\n</answer>"
         ids, prompt_len = [], cfg.sft_length
         if question and reply and isinstance(question, str) and isinstance(reply, str):
             chat = [{"role": "user", "content": f"{SYSTEM}\n\n{question}"}]
             ids, prompt_len = encode_example(tokenizer, chat, reply)
-        if prompt_len >= cfg.sft_length:
-            bad.append(number)
-            continue
-        rows.append((ids, prompt_len))
-        if len(ids) > cfg.sft_length:
+        if len(ids) > cfg.sft_length > prompt_len:
             long.append(number)
+        if prompt_len < cfg.sft_length:
+            rows.append((ids, prompt_len))
+        else:
+            bad.append(number)
     if not rows:
         raise UserError(f"{cfg.sft_data}: no usable row; needs texts in the columns question, thinking_trajectories, "
                         f"attempt (s1K) or question, reply, and prompts under --sft_length {cfg.sft_length} tokens")
@@ -2150,14 +2121,6 @@ def read_traces(cfg: Settings, tokenizer, screen: Screen) -> list[tuple[list[int
             more = ", ..." if len(numbers) > 8 else ""
             screen.say(f"  {len(numbers)} rows {why}: {', '.join(map(str, numbers[:8]))}{more}")
     return rows
-
-def read_trace(row: dict) -> tuple[Any, Any]:
-    """(question, reply) of an SFT row: s1K's columns, or question and reply; None for what is not there."""
-    thoughts, answer = row.get("thinking_trajectories"), row.get("attempt")
-    thoughts = thoughts[0] if isinstance(thoughts, list) and thoughts else thoughts
-    if isinstance(thoughts, str) and thoughts and isinstance(answer, str):
-        return row.get("question"), f"<reasoning>\n{thoughts}\n</reasoning>\n<answer>\n{answer}\n</answer>"
-    return row.get("question"), row.get("reply")
 
 def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
     """The problems of a split. A file to train on is split by a hash of each row; with --eval_only all is test."""
@@ -2176,8 +2139,7 @@ def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
 
 def prepare_folder(cfg: Settings, out: Path, screen: Screen) -> None:
     """Make the run's folder; an earlier run in it is moved aside, unless it is resumed or only evaluated."""
-    mine = processes().is_main_process
-    if mine and (out / "metrics.jsonl").exists() and not (cfg.resume or cfg.eval_only):
+    if processes().is_main_process and (out / "metrics.jsonl").exists() and not (cfg.resume or cfg.eval_only):
         if cfg.model != "tiny" and out.resolve() in [Path(cfg.model).resolve(), *Path(cfg.model).resolve().parents]:
             raise UserError(f"--model {cfg.model} lies in {out}, where this run would write: give another --output_dir")
         aside = next(p for i in itertools.count(1) if not (p := out.with_name(f"{out.name}.old{i}")).exists())
@@ -2203,7 +2165,7 @@ def run_stage(stage: Stage, stages: list[str], cfg: Settings, screen: Screen) ->
     processes().wait_for_everyone()
 
 def row_name(stages: Sequence[str]) -> str:
-    """The row of Table 1 a model belongs to, from the stages it went through."""
+    """The row of Table 1 of a model that went through these stages."""
     return "d1" if {"sft", "diffu_grpo"} <= set(stages) else stages[-1] if stages else "base"
 
 def run_benchmark(cfg: Settings, screen: Screen, out: Path, before: bool = True) -> list[dict]:
@@ -2239,8 +2201,8 @@ def run_benchmark(cfg: Settings, screen: Screen, out: Path, before: bool = True)
 
 def open_model(cfg: Settings, screen: Screen):
     """Load model and tokenizer as the settings say, and print what came."""
-    trains_all = bool(cfg.task) and not (cfg.use_lora or cfg.eval_only)
-    adapts = cfg.use_lora and bool(cfg.task) and not cfg.eval_only
+    trains = bool(cfg.task) and not cfg.eval_only
+    trains_all, adapts = trains and not cfg.use_lora, trains and cfg.use_lora
     dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.float32 if trains_all else None
     model, tokenizer = load_model(
         cfg.model, dtype=dtype, load_4bit=cfg.load_4bit, attn=cfg.attn, seed=cfg.seed,
@@ -2256,8 +2218,8 @@ def open_model(cfg: Settings, screen: Screen):
         layers = collections.Counter(n.split(".")[-2] for n, _ in model.named_modules() if n.endswith("lora_A"))
         what = ", ".join(f"{n} x{count}" for n, count in layers.items())
         screen.say(f"LoRA r {cfg.lora_r}, alpha {cfg.lora_alpha} on {what}")
-    ids = dict(mask=tokenizer.mask_token_id, EOS=tokenizer.eos_token_id, EOT=turn_end(tokenizer)[0],
-               pad=tokenizer.pad_token_id)
+    ids = {"mask": tokenizer.mask_token_id, "EOS": tokenizer.eos_token_id, "EOT": turn_end(tokenizer)[0],
+           "pad": tokenizer.pad_token_id}
     screen.say("tokens " + ", ".join(f"{k} {i} {tokenizer.convert_ids_to_tokens(i)}" for k, i in ids.items()))
     machine = f"{processes().num_processes} x {model.device}, {torch.get_num_threads()} CPU threads"
     screen.say(f"preset {cfg.preset}, seed {cfg.seed}; {str(model.dtype).split('.')[1]}; {machine}")
@@ -2321,10 +2283,9 @@ def skeleton(cfg: Settings):
         return adapt_with_lora(model, *lora) if cfg.use_lora and not cfg.eval_only else model
 
 def bytes_per_token(config, r: int, checkpointing: bool) -> float:
-    """What backward needs of one token, in bytes, for a Llama in bf16 arithmetic with fused attention.
+    """What backward needs of one token, in bytes: a Llama in bf16 arithmetic with fused attention.
 
-    A block keeps the inputs of its norms (fp32) and of each linear layer (bf16), q, k, v, the
-    attention's output, three of the MLP's inner width, and with LoRA r inner values a layer.
+    A block keeps the inputs of norms (fp32) and linear layers, q, k, v, and three of the MLP's width.
     """
     d, layers = config.hidden_size, config.num_hidden_layers
     f = getattr(config, "intermediate_size", None) or 4 * d
@@ -2343,13 +2304,12 @@ def plan(cfg: Settings) -> list[tuple[str, str]]:
     sft = cfg.task in ("sft_only", "table1") or (cfg.task in RL_TASKS and not cfg.skip_sft and not cfg.eval_only)
     rl = cfg.task in RL_TASKS and not cfg.eval_only
     prompt = 24 if sized == "tiny" else cfg.max_prompt
-    steps, batches = cfg.diffusion_steps or cfg.gen_length // 2, -(-cfg.steps_rl // cfg.mu)
+    steps = cfg.diffusion_steps or cfg.gen_length // 2
     row, back = prompt + cfg.gen_length, 4 if cfg.use_lora else 6  # LoRA needs no gradient of the frozen weights
     work = {  # name: (passes an update, updates, tokens a pass, FLOPs a weight and token)
         "SFT: forward + backward passes": (1, cfg.steps_sft * sft, cfg.bs_sft * cfg.sft_length, back),
         "RL rollouts: forward passes": (steps * cfg.grad_accum / cfg.mu, cfg.steps_rl * rl, cfg.bs_rl * row, 2),
-        "RL old, reference: forward passes": ((1 + (cfg.beta > 0)) * cfg.grad_accum, cfg.steps_rl * rl,
-                                              cfg.bs_rl * row, 2),
+        "RL old, ref: forward passes": (cfg.grad_accum * (1 + bool(cfg.beta)), cfg.steps_rl * rl, cfg.bs_rl * row, 2),
         "RL updates: forward + backward passes": (cfg.grad_accum, cfg.steps_rl * rl, cfg.bs_rl * row, back),
     }
     weights = total - model.get_input_embeddings().weight.numel()
@@ -2362,8 +2322,6 @@ def plan(cfg: Settings) -> list[tuple[str, str]]:
             lines.append((name, f"{passes:.4g} of {tokens:,} tokens an update, {flops:.2e} FLOPs; "
                                 f"{passes * updates:,.0f} in the run"))
     lines.append(("FLOPs of training, a process", f"{whole:.2e}: {whole / 2e14 / 3600:,.1f} h at 200 TFLOP/s"))
-    if rl:
-        lines.append(("completions a rollout batch, batches", f"{cfg.bs_rl * cfg.grad_accum}, {batches:,} a process"))
     copies = 2 if rl and cfg.beta and not cfg.use_lora else 1  # the frozen reference
     tokens = max(min(cfg.rows_sft, cfg.bs_sft) * cfg.sft_length * sft, cfg.bs_rl * row * rl)
     replies = max(min(cfg.rows_sft, cfg.bs_sft) * cfg.sft_length // 2 * sft, cfg.bs_rl * cfg.gen_length * rl)
@@ -2427,11 +2385,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, NonFiniteLoss) as e:
         if "--debug" in (sys.argv if argv is None else argv):
             raise
-        if isinstance(e, UserError):
-            print(f"d1_full.py: error: {e}", file=sys.stderr)
-            return 2
-        print(f"d1_full.py: stopped: {e}. The last checkpoint is kept; try a lower learning rate.", file=sys.stderr)
-        return 1
+        kept = ". The last checkpoint is kept; try a lower learning rate."
+        says = f"error: {e}" if isinstance(e, UserError) else f"stopped: {e}{kept}"
+        print(f"d1_full.py: {says}", file=sys.stderr)
+        return 2 if isinstance(e, UserError) else 1
     except KeyboardInterrupt:
         print("d1_full.py: stopped by Ctrl-C; --resume continues from the last checkpoint", file=sys.stderr)
         return 130

@@ -169,3 +169,11 @@ def test_no_eval_in_the_file():
     from pathlib import Path
 
     assert not re.search(r"(?<![\w.])(eval|exec)\(", Path(d1.__file__).read_text())
+
+
+def test_strict_grading_of_large_numbers_and_of_decimal_points():
+    row = {"question": "", "generations": GOOD.format("1450000"), "ground_truth": 1450000.0}
+    assert d1.grade_generation("gsm8k", row).correct and d1.grade_generation("gsm8k", row, "official").correct
+    example = {"numbers": [2, 2, 5], "target": 5}
+    assert d1.TASKS["count"].rewards(GOOD.format("2.5*2"), example) == {"countdown": 0.0}  # not 2, 5 and 2
+    assert d1.TASKS["count"].rewards(GOOD.format("2.5*2"), example, official=True) == {"countdown": 1.0}
