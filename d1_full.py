@@ -1505,13 +1505,13 @@ class DiffuGRPO(Stage):
                  out: Path, heldout: Callable | None = None):
         super().__init__(model, tokenizer, cfg, out, cfg.lr_rl, cfg.wd_rl, cfg.clip_rl, cfg.steps_rl)
         self.examples, self.ask, self.reward, self.heldout = examples, ask, reward, heldout
-        # [D6] official leaves LoRA dropout on in every pass, so the ratio is not 1 at the first inner
-        #      update. here: evaluation mode throughout stage 2, where it is exactly 1.
-        eval_mode(self.model)
         check_positions(model, cfg.max_prompt + cfg.gen_length)
         # [D8] official's reference sync every 64 steps does nothing under LoRA. here: pi_ref is the
         #      frozen start of stage 2, and stays so.
         self.reference = freeze_reference(model)
+        # [D6] official leaves LoRA dropout on in every pass, so the ratio is not 1 at the first inner
+        #      update. here: evaluation mode throughout stage 2, where it is exactly 1.
+        eval_mode(self.model)
         self.batch: list[Rollout] = []
         self.sample, self.span = "", cfg.mu
 

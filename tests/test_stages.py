@@ -9,8 +9,9 @@ import torch
 import d1_full as d1
 
 
-def sft(cfg, tiny, out, **changes):
+def sft(cfg, tiny, out, lora=None, **changes):
     model, tok = copy.deepcopy(tiny[0]), tiny[1]
+    model = d1.adapt_with_lora(model, *lora) if lora else model
     for k, v in changes.items():
         setattr(cfg, k, v)
     out.mkdir(parents=True, exist_ok=True)
@@ -66,19 +67,19 @@ def test_sft_trains_the_reply_and_eos_alone(tiny, quick, tmp_path):
     assert short[0].tolist() == ids[:-3]
 
 
-@pytest.mark.parametrize("kind", ["sft", "grpo", "grpo_lora"])
+@pytest.mark.parametrize("kind", ["sft", "sft_lora", "grpo", "grpo_lora"])
 def test_a_resumed_run_equals_an_unbroken_one(tiny, quick, tmp_path, screen, kind):
     def make(out, steps):
-        if kind == "sft":
-            return sft(quick(steps_sft=6, save_steps=3), tiny, out)
+        if "sft" in kind:
+            return sft(quick(steps_sft=6, save_steps=3), tiny, out, lora=(4, 8, 0.5) if kind == "sft_lora" else None)
         return grpo(quick(steps_rl=steps, save_steps=4), tiny, out, lora=(4, 8) if kind == "grpo_lora" else None)
 
-    total = 6 if kind == "sft" else 8
+    total = 6 if "sft" in kind else 8
     whole = make(tmp_path / "whole", total)
     whole.run(screen)
     first = make(tmp_path / "parts", total)
     first.total = total // 2
-    if kind == "sft":
+    if "sft" in kind:
         first.rate = lambda: whole_rate(first, total)
     first.run(screen)
     second = make(tmp_path / "parts", total)
@@ -120,6 +121,40 @@ def test_reference_is_the_frozen_start_and_the_first_ratio_is_one(tiny, quick, t
     assert not torch.equal(d1.one_step_logp(stage.model, *args), d1.one_step_logp(start, *args))
     trained = [n for n, p in stage.model.named_parameters() if p.requires_grad]
     assert trained and all(("lora_" in n and ".default." in n) == bool(lora) for n in trained)
+
+
+def test_a_batch_in_parts_is_the_batch(tiny, quick, tmp_path, screen):
+    stage = sft(quick(bs_sft=6), tiny, tmp_path / "a")
+    with torch.no_grad():
+        whole = stage.nelbo(stage.rows[:6], ("key",))[0].item()
+        parts = [stage.nelbo(stage.rows[:6], ("key",), slice(i, i + 2))[0].item() for i in (0, 2, 4)]
+    assert sum(parts) == pytest.approx(whole, rel=1e-5) and len(set(parts)) == 3
+    ends = []
+    for i, n in enumerate((6, 2)):
+        stage = sft(quick(bs_sft=6, rows_sft=n, steps_sft=3), tiny, tmp_path / str(i))
+        stage.run(screen)
+        ends.append((weights(stage), [r["loss"] for r in logged(stage.out) if "loss" in r]))
+    assert torch.allclose(ends[0][0], ends[1][0], atol=1e-5) and ends[0][1] == pytest.approx(ends[1][1], rel=1e-5)
+
+
+def test_lora_comes_from_the_seed_alone(tiny):
+    def first(seed):
+        model = d1.adapt_with_lora(copy.deepcopy(tiny[0]), 4, 8, seed=seed)
+        return torch.cat([p.flatten() for n, p in model.named_parameters() if "lora_A" in n])
+
+    before = torch.random.get_rng_state()
+    assert torch.equal(first(0), first(0)) and not torch.equal(first(0), first(1))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_long_prompts_lose_their_beginning(tiny, quick, tmp_path):
+    stage = grpo(quick(max_prompt=10), tiny, tmp_path)
+    drawn = stage.draw(0)
+    whole = d1.encode_prompt(stage.tokenizer, stage.ask(stage.examples[stage.problems(0)[0]]))
+    assert drawn.prompt[0].tolist() == whole[-10:] and drawn.parts["prompts_cut"] == 1
+    task, examples = d1.TASKS["sudoku"], d1.TASKS["sudoku"].examples("test", 2)
+    _, record = next(d1.generate(stage.model, stage.tokenizer, task, examples, stage.cfg, 32))
+    assert record["prompt_cut"] and record["prompt_input"].endswith("<|eot|><|assistant|>")
 
 
 def test_lora_adapts_every_linear_layer_of_the_blocks_in_fp32(tiny):
