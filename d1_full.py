@@ -494,7 +494,6 @@ def diffuse_decode(model, prompt: Tensor, *, mask_id: int, **options) -> Tensor:
 # %% 8. Models — LLaDA as a bidirectional Llama, Dream, masked LMs, any causal model; no remote code
 ALIASES = {"llada/llada-8b-instruct": "GSAI-ML/LLaDA-8B-Instruct"}
 MASK_IDS = {"llada": 126336, "Dream": 151666}  # where neither config nor tokenizer names it
-TINY_SHAPE = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)
 LLADA_8B = dict(  # config.json of LLaDA-8B-Instruct
     model_type="llada", architectures=["LLaDAModelLM"], auto_map={
         "AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM",
@@ -523,11 +522,12 @@ LLADA_KEYS = {rf"^{re.escape(theirs)}\.": f"{ours}." for ours, theirs in LLADA_N
 def refusing(what: str):
     """Turn a library's complaint about a file into a UserError: `what`, then its words."""
     from safetensors import SafetensorError
+    from yaml import YAMLError
 
     try:
         yield
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, ImportError, SafetensorError,
-            UserWarning) as e:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, ImportError, UserWarning,
+            SafetensorError, YAMLError) as e:
         raise UserError(f"{what}: {' '.join(str(e).split())[:300]} ({type(e).__name__})") from e
 
 def network_of(source: str, raw: dict):
@@ -560,10 +560,10 @@ def tiny_model(tokenizer, seed: int = 0):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=2048, tie_word_embeddings=False, is_causal=False,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=None, bos_token_id=None,  # the pad is EOS, which is trained
-        mask_token_id=tokenizer.mask_token_id, use_cache=False, **TINY_SHAPE,
-    )
+        hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, vocab_size=len(tokenizer),
+        max_position_embeddings=2048, tie_word_embeddings=False, is_causal=False, use_cache=False,
+        mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        pad_token_id=None)  # the pad is EOS, which is trained
     with torch.random.fork_rng(devices=[]):  # transformers initialises from the global stream
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
@@ -766,16 +766,12 @@ def processes():
 
 
 # %% 9. Tokenizer and chat template
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
-    "{{ eos_token if m['role'] == 'assistant' else '<|eot|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
+TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+            "{{ eos_token if m['role'] == 'assistant' else '<|eot|>' }}{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 # for a tokenizer that brings none, in BERT's manner: [CLS] question [SEP] reply [SEP]
-PLAIN_TEMPLATE = (
-    "{{ cls_token or bos_token or '' }}"
-    "{% for m in messages %}{{ m['content'] }}{{ sep_token or eos_token }}{% endfor %}"
-)
+PLAIN_TEMPLATE = ("{{ cls_token or bos_token or '' }}"
+                  "{% for m in messages %}{{ m['content'] }}{{ sep_token or eos_token }}{% endfor %}")
 WORDS = (
     "<reasoning>\n", "\n</reasoning>\n", "<answer>\n", "\n</answer>", "<reasoning>", "</reasoning>", "<answer>",
     "</answer>", "\\boxed{", "Tom has ", " apples", " bags of ", " and buys ", " more", ". How many now?", "Compute ",
@@ -868,18 +864,29 @@ def first_answer(text: str) -> str | None:
     block = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
     return block[1].strip() if block else None
 
+def closing_brace(text: str, start: int) -> int:
+    """Index of the brace that closes the first one opened from `start` on; -1 if none does."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if text[i] == "}" and depth == 0:
+            return i
+    return -1
+
 def last_boxed(text: str) -> str | None:
     r"""Content of the last \boxed{...} with balanced braces, or None. Linear in the text's length."""
-    start, depth = text.rfind("\\boxed{"), 0
-    for i in range(start + len("\\boxed"), len(text)) if start >= 0 else ():
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return text[start + len("\\boxed{") : i]
-    return None
+    start = text.rfind("\\boxed{")
+    end = closing_brace(text, start) if start >= 0 else -1
+    return text[start + len("\\boxed{") : end] if end >= 0 else None
 
 def official_boxed(text: str) -> str | None:
-    """Content of the last box as the official parser reads it, "\\boxed 7$" included; None without one."""
-    return text.split("\\boxed ")[-1].split("$")[0] if "\\boxed " in text else last_boxed(text)
+    """What the official parser takes for the last box: all of a text without one, None if it never closes."""
+    if "\\boxed " in text:
+        return text.split("\\boxed ")[-1].split("$")[0]
+    start = text.rfind("\\boxed" if "\\boxed" in text else "\\fbox")
+    box = text[start : (end := closing_brace(text, max(start, 0))) + 1]
+    found = box[len("\\boxed{") : -1] if box.startswith("\\boxed{") else box
+    return text if start < 0 else found if end >= 0 else None
 
 def parse_number(text: str | None) -> Fraction | None:
     """A plain number, as people write one: 72, -3, $1,234, 12.50, 50%. None if it is anything else."""
@@ -901,8 +908,8 @@ def arithmetic(text: str, number: type = Fraction) -> Any:
         return None
     known = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.USub: operator.neg}
-    if number is float:  # the official way: what eval accepts besides
-        known |= {ast.FloorDiv: operator.floordiv, ast.UAdd: operator.pos}
+    if number is float:  # the official way: what eval accepts besides; a power of floats overflows, never hangs
+        known |= {ast.FloorDiv: operator.floordiv, ast.UAdd: operator.pos, ast.Pow: operator.pow}
 
     def value(node):
         if isinstance(node, ast.Constant):
@@ -936,9 +943,9 @@ def normalise_latex(text: str) -> str:
                      ("\\right", ""), ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", "")):
         text = text.replace(old, new)
     text, *units = text.split("\\text{ ")
-    text = text.replace("\\%", "").replace("%", "")
-    if len(units) > 1 or text.endswith("\\sqrt"):
-        raise ValueError("two units, or a root of nothing")
+    text = text.replace("\\%", "")
+    if len(units) > 1 or re.search(r"\\(sqrt|frac *)(\\\1|$)", text):
+        raise ValueError("two units, or a root or fraction of nothing")
     # .5 becomes 0.5 and x=5 becomes 5; \sqrt3, \frac12 and 1/2 get braces
     text = re.sub(r"^[^=]{0,2}=([^=]*)$", r"\1", re.sub(r"(^|[ {])\.", r"\g<1>0.", text))
     text = re.sub(r"\\sqrt(?!\{)(.)", r"\\sqrt{\1}", text).replace(" ", "")
@@ -1995,10 +2002,7 @@ def config_words(path: str) -> list[str]:
     import yaml
 
     with refusing(f"--config {path}"):
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as e:
-            raise ValueError(e) from e
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         if not isinstance(content, dict) or any(isinstance(v, dict | list | None) for v in content.values()):
             raise ValueError("write one 'flag: value' a line")
     return [f"--{k}" if v is True else f"--no-{k}" if v is False else f"--{k}={v}" for k, v in content.items()]
@@ -2364,12 +2368,6 @@ def run(cfg: Settings, given: dict, screen: Screen) -> None:
         results_table(screen, entries, cfg)
     screen.say(f"done in {(time.monotonic() - began) / 60:.1f} min; results are in {out}")
 
-def leave_group() -> None:
-    """Leave the group of processes in order; a DDP model alive at that moment can abort the interpreter."""
-    gc.collect()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 stopped, 2 wrong input, 130 Ctrl-C."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' notes to their own developers
@@ -2392,8 +2390,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("d1_full.py: stopped by Ctrl-C; --resume continues from the last checkpoint", file=sys.stderr)
         return 130
-    finally:
-        leave_group()
+    finally:  # a model whose group is left while it lives can abort the interpreter
+        gc.collect()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ def test_records_are_graded_like_replies(name, mode):
     task, rng = d1.TASKS[name], random.Random(1)
     for example in task.examples("test", 20):
         text = task.demonstrate(example, rng, True)
+        if mode == "official" and name == "count":  # its parser wants a box
+            text = text.replace("<answer>\n", "<answer>\n\\boxed{").replace("\n</answer>", "}\n</answer>")
         row = {"question": task.question(example), "generations": text, "ground_truth": task.ground_truth(example)}
         row = json.loads(json.dumps(row))
         assert d1.grade_generation(name, row, mode).correct
@@ -177,3 +179,31 @@ def test_strict_grading_of_large_numbers_and_of_decimal_points():
     example = {"numbers": [2, 2, 5], "target": 5}
     assert d1.TASKS["count"].rewards(GOOD.format("2.5*2"), example) == {"countdown": 0.0}  # not 2, 5 and 2
     assert d1.TASKS["count"].rewards(GOOD.format("2.5*2"), example, official=True) == {"countdown": 1.0}
+
+
+@pytest.mark.parametrize("text,official,strict", [
+    ("<answer>1+2+3</answer>", False, True),  # without a box the official parser takes the whole reply
+    ("1+2+3", True, False), ("\\boxed{1+2+3}", True, True), ("\\boxed{1+2+3 = 6}", True, True),
+    ("<answer>1+2+3</answer> \\boxed{2+", True, True),  # a box that never closes: the answer block
+    ("\\boxed 1+2+3$ is it", True, False), ("\\fbox{1+2+3}", False, False), ("\\boxed{2**1+3}", False, False),
+])
+def test_where_the_official_countdown_parser_looks(text, official, strict):
+    row = {"question": "", "generations": text, "ground_truth": [[1, 2, 3], 6]}
+    assert d1.grade_generation("count", row, "official").correct is official
+    assert d1.grade_generation("count", row).correct is strict
+
+
+def test_official_countdown_takes_powers_and_does_not_hang():
+    row = {"question": "", "generations": "\\boxed{3**2+1}", "ground_truth": [[1, 2, 3], 10]}
+    assert d1.grade_generation("count", row, "official").correct and not d1.grade_generation("count", row).correct
+    row = {"question": "", "generations": "\\boxed{9**9**9}", "ground_truth": [[9, 9, 9], 10]}
+    assert not d1.grade_generation("count", row, "official").correct
+
+
+@pytest.mark.parametrize("a,b,same", [
+    ("50\\%", "50", True), ("50%", "50", False), ("\\frac12", "\\frac{1}{2}", True), ("\\sqrt3", "\\sqrt{3}", True),
+    ("\\sqrt\\sqrt3", "\\sqrt{\\}sqrt3", False), ("x=5", "5", True), ("1/2", "\\frac{1}{2}", True), (".5", "0.5", True),
+    ("5\\text{ cm}", "5", True), ("\\frac", "\\frac ", False),
+])
+def test_official_latex_equality(a, b, same):
+    assert d1.equal_latex(a, b) is same
