@@ -102,8 +102,7 @@ class NonFiniteLoss(RuntimeError):
 
 def opt(paper, help, source="ours", *, official=None, tiny=None, choices=(), low=None, high=None):
     """Declare a setting. A default may be a dict by task, "*" for the rest; None = as the paper."""
-    columns = {"paper": paper, "official": official, "tiny": tiny}
-    columns = {k: paper if v is None else v for k, v in columns.items()}
+    columns = {k: paper if v is None else v for k, v in dict(paper=paper, official=official, tiny=tiny).items()}
     meta = dict(columns=columns, help=help, source=source, choices=choices, low=low, high=high)
     return dataclasses.field(default=None, metadata=meta)
 
@@ -115,7 +114,6 @@ STEPS_RL = {"gsm8k": 7700, "math500": 6600, "count": 5000, "sudoku": 3800, "*": 
 @dataclasses.dataclass
 class Settings:
     """Every flag of the command line. `settle` fills a field from argv, --config or its preset."""
-
     # what to run
     task: str = opt("", "what to run", choices=TASK_CHOICES)
     model: str = opt("tiny", "tiny, a hub id, a folder in hub format, or a checkpoint of this script")
@@ -123,7 +121,7 @@ class Settings:
                       choices=("auto", "paper", "official", "tiny"))
     config: str = opt("", "YAML file that may give any flag; the command line wins")
     output_dir: str = opt("ckpt", "results go to OUTPUT_DIR/<sft or task>/")
-    seed: int = opt(42, "seeds every random stream of the run", "official train.yaml", tiny=0, low=0)
+    seed: int = opt(42, "seeds every random stream of the run", "official train.yaml", tiny=0, low=0, high=2**63 - 1)
     data: str = opt("", "benchmark problems: a local .jsonl, .json, .csv or .parquet, or a hub id owner/name[:config]; "
                     f"of a hub set the first {HUB_ROWS:,} rows are streamed")
     sft_data: str = opt("simplescaling/s1K", "SFT traces: a file or hub set, as --data", "Sec. 4", tiny="")
@@ -186,6 +184,9 @@ class Settings:
     limit: int = opt({"count": 256, "sudoku": 256, "*": 0}, "test problems; 0 = all, or 256 generated", tiny=0, low=0)
     bs_eval: int = opt(8, "rows decoded at once", tiny=128, low=1)
     save_steps: int = opt(100, "updates between checkpoints and held-out checks", "official train.yaml", tiny=40, low=1)
+
+    def lengths(self) -> list[int]:
+        return [int(n) for n in str(self.eval_lengths).split(",")]
 
 
 # %% 3. Forward process — Sec. 2, q(x_t | x_0) with the linear schedule alpha_t = 1 - t
@@ -495,10 +496,9 @@ def diffuse_decode(model, prompt: Tensor, *, mask_id: int, **options) -> Tensor:
 ALIASES = {"llada/llada-8b-instruct": "GSAI-ML/LLaDA-8B-Instruct"}
 MASK_IDS = {"llada": 126336, "Dream": 151666}  # where neither config nor tokenizer names it
 LLADA_8B = dict(  # config.json of LLaDA-8B-Instruct
-    model_type="llada", architectures=["LLaDAModelLM"], auto_map={
-        "AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM",
-        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM"},
-    d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288, mlp_ratio=4, vocab_size=126464,
+    model_type="llada", architectures=["LLaDAModelLM"], auto_map={"AutoConfig": "configuration_llada.LLaDAConfig",
+    "AutoModel": "modeling_llada.LLaDAModelLM", "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM"}, d_model=4096,
+    n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288, mlp_ratio=4, vocab_size=126464,
     embedding_size=126464, max_sequence_length=4096, rope=True, rope_full_precision=True, rope_theta=500000.0,
     rms_norm_eps=1e-5, mask_token_id=126336, eos_token_id=126081, pad_token_id=126081, activation_type="silu",
     block_type="llama", block_group_size=1, layer_norm_type="rms", layer_norm_with_affine=True, weight_tying=False,
@@ -506,8 +506,7 @@ LLADA_8B = dict(  # config.json of LLaDA-8B-Instruct
     bias_for_layer_norm=False, input_emb_norm=False, scale_logits=False, alibi=False, alibi_bias_max=8.0,
     flash_attention=False, multi_query_attention=None, attention_dropout=0.0, embedding_dropout=0.0,
     residual_dropout=0.0, init_device="meta", init_fn="mitchell", init_std=0.02, init_cutoff_factor=None,
-    precision="amp_bf16", use_cache=False,
-)
+    precision="amp_bf16", use_cache=False)
 # Llama's module names -> LLaDA's, whose network is Llama's with full attention
 LLADA_NAMES = {"model.embed_tokens": "model.transformer.wte", "model.norm": "model.transformer.ln_f",
                "lm_head": "model.transformer.ff_out"}
@@ -527,7 +526,7 @@ def refusing(what: str):
     try:
         yield
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, ImportError, UserWarning,
-            SafetensorError, YAMLError) as e:
+            StopIteration, csv.Error, SafetensorError, YAMLError) as e:
         raise UserError(f"{what}: {' '.join(str(e).split())[:300]} ({type(e).__name__})") from e
 
 def network_of(source: str, raw: dict):
@@ -608,7 +607,7 @@ def activate_adapters(model) -> None:
 def read_json(path: Path) -> dict:
     """A JSON file's content, {} if there is no such file."""
     with refusing(f"cannot read {path}"):
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 def resolve_checkpoint(name: str) -> str:
     """The folder or hub id behind a --model value. UserError if it looks like a path and is none."""
@@ -616,7 +615,7 @@ def resolve_checkpoint(name: str) -> str:
     if Path(name).is_dir():
         if not (Path(name, "config.json").exists() or Path(name, "adapter_config.json").exists()):
             raise UserError(f"{name} holds no model: neither config.json nor adapter_config.json is there")
-    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
+    elif name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.is_dir():
         raise UserError(f"--model {name}: no such folder; give tiny, a hub id (owner/name) or a checkpoint")
     return name
 
@@ -624,14 +623,14 @@ def base_of(name: str) -> str:
     """The checkpoint that holds the weights: an adapter's base, else the one named."""
     name = resolve_checkpoint(name)
     adapter = read_json(Path(name, "adapter_config.json"))
-    return resolve_checkpoint(adapter.get("base_model_name_or_path") or "") if adapter else name
+    return resolve_checkpoint(str(adapter.get("base_model_name_or_path"))) if adapter else name
 
 def read_config(name: str) -> dict:
     """config.json of a folder or hub id, as a dict."""
     from transformers import PretrainedConfig
 
     with refusing(f"cannot load {name}; without a network give --model a local folder"):
-        return PretrainedConfig.get_config_dict(name)[0]
+        return dict(PretrainedConfig.get_config_dict(name)[0])
 
 def sdpa_after_fp32(module, query, key, value, *args, **options):
     """SDPA for queries and keys that were rotated in fp32, as LLaDA has it; bf16 cosines would add 2 % of error."""
@@ -677,17 +676,14 @@ def load_weights(base: str, raw: dict, dtype, load_4bit: bool, attn: str, device
     return model
 
 def complete_tokens(model, tokenizer, raw: dict) -> None:
-    """Settle mask, EOS, pad and chat template, and give the model a mask row if it has none.
-
-    The new row is the mean of the others: full training moves it, adapters learn what it means.
-    """
+    """Settle mask, EOS, pad and chat template; a mask row that is new is the mean of the others."""
     tokenizer.eos_token = tokenizer.eos_token or tokenizer.sep_token  # BERT ends with [SEP]
     if tokenizer.eos_token is None:
         raise UserError("the tokenizer has neither an EOS nor a SEP token, so no reply could end: set eos_token")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     if tokenizer.mask_token is None:
-        known = raw.get("mask_token_id", MASK_IDS.get(raw.get("model_type")))
+        known = raw.get("mask_token_id") or MASK_IDS.get(raw.get("model_type"))
         token = "<|mask|>" if known is None else tokenizer.convert_ids_to_tokens(known)
         if token is None:
             raise UserError(f"config.json names {known} as the mask token, and the tokenizer has no such token")
@@ -703,17 +699,15 @@ def complete_tokens(model, tokenizer, raw: dict) -> None:
 @torch.no_grad()
 def check_bidirectional(model, name: str) -> None:
     """UserError if the first position cannot see the last one: such a model cannot fill in masks."""
-    ids = torch.ones(2, 8, dtype=torch.long, device=model.device)
-    ids[1, -1] = 2
+    ids = torch.tensor([[1] * 8, [1] * 7 + [2]], device=model.device)
     if torch.equal(*model.eval()(ids).logits[:, 0]):  # (V,) each
         raise UserError(f"{name}: {type(model).__name__} sees the left only, even with is_causal=False")
 
 def check_positions(model, length: int) -> None:
     """UserError if `length` tokens are more than the learned positions of a model such as BERT."""
-    learned = any("position_embeddings" in n for n, _ in model.named_parameters())
+    learned = any(re.search(r"position_embeddings|embed_positions|\bwpe\b", n) for n, _ in model.named_parameters())
     if learned and length > (limit := model.config.max_position_embeddings):
-        raise UserError(f"{length} tokens are more than the model's {limit} positions: lower --sft_length, "
-                        "--max_prompt, --gen_length or --eval_lengths")
+        raise UserError(f"{length} tokens are more than the model's {limit} positions: lower the lengths")
 
 def shift_logits(module, args, output):
     """Forward hook: Dream's logits for token k stand at k - 1; move them to k, where LLaDA's are."""
@@ -725,8 +719,7 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
 
     name: "tiny" (random from `seed`), a hub id, a folder, LLaDA's format included, or an adapter
     folder of this script. dtype: None = the checkpoint's own on CPU, bf16 on CUDA. lora: None or
-    (r, alpha, dropout, targets) as in `adapt_with_lora`; the adapter of an adapter folder stays
-    below the new one. Raises UserError where the model cannot be had.
+    (r, alpha, dropout, targets) as in `adapt_with_lora`; an adapter folder's own stays below it.
     """
     import transformers
 
@@ -779,11 +772,7 @@ WORDS = (
 )
 
 def build_tokenizer():
-    """The tiny model's tokenizer: bytes, and one token for each tag, stock phrase and instruction.
-
-    Any text can be encoded; what the four tasks say often costs one token, so that their prompts,
-    the same as a large model gets, stay short.
-    """
+    """The tiny model's tokenizer: bytes, and one token for each tag, phrase and instruction, for short prompts."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -1003,7 +992,6 @@ class Task:
         return problems[:n]
 
     def question(self, example: dict) -> str:
-        """The text of a problem."""
         return self.asks.format(**example)
 
     def messages(self, example: dict) -> list[dict]:
@@ -1048,7 +1036,8 @@ def read_rows(data: str, split: str) -> list[dict]:
     path, kinds = Path(check_source(data)), {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
     with refusing(f"cannot read {data}; without a network give a local file"):
         if path.suffix == ".csv":  # every column as text: a puzzle's leading zeros are digits
-            with path.open(newline="", encoding="utf-8") as f:
+            csv.field_size_limit(2**31 - 1)
+            with path.open(newline="", encoding="utf-8-sig") as f:
                 return list(csv.DictReader(f))
         if path.suffix in kinds:  # streamed: nothing is left in a cache, nothing stale is read from one
             return list(datasets.load_dataset(kinds[path.suffix], data_files=data, split="train", streaming=True))
@@ -1068,14 +1057,16 @@ class Gsm8k(Task):
         return {"question": f"Tom has {a} apples and buys {bought}. How many now?", "answer": str(total), "work": work}
 
     def parse(self, row):
-        return {"question": row["question"], "answer": row["answer"].split("####")[-1].strip().replace(",", "")}
+        answer = row["answer"].split("####")[-1].strip().replace(",", "")
+        float(answer)  # or the row is refused
+        return {"question": row["question"], "answer": answer}
 
     def ground_truth(self, example):
         return float(example["answer"].replace(",", ""))
 
     def of_record(self, record):
         gold = record["ground_truth"]  # the official file has null where its own parser failed
-        return {"answer": "" if gold is None else f"{gold:.12g}" if isinstance(gold, float) else str(gold)}
+        return {"answer": "" if gold is None else f"{gold:.15g}" if isinstance(gold, float) else str(gold)}
 
     def rewards(self, completion, example, official=False):
         found = completion.split("<answer>")[-1].split("</answer>")[0].strip() if official else last_answer(completion)
@@ -1389,8 +1380,7 @@ class Stage:
             began = time.perf_counter()
             metrics = self.update()
             self.step += 1
-            seconds = round(time.perf_counter() - began, 4)
-            metrics = {"stage": self.name, "step": self.step, **metrics, "seconds": seconds}
+            metrics |= {"stage": self.name, "step": self.step, "seconds": round(time.perf_counter() - began, 4)}
             append_jsonl(self.out / "metrics.jsonl", metrics)
             screen.advance(metrics)
             due = due or self.step % self.cfg.save_steps == 0
@@ -1418,6 +1408,8 @@ class MaskedSFT(Stage):
         self.heldout = [rows[i] for i in order[:held]]
         self.rows = [rows[i] for i in order[held:]] or self.heldout
         check_positions(model, cfg.sft_length + cfg.sft_extra)
+        if all(prompt_len >= cfg.sft_length for _, prompt_len in rows):
+            raise UserError(f"--sft_length {cfg.sft_length} leaves no room for a reply after the prompts")
         if cfg.bs_sft % self.world:
             raise UserError(f"--bs_sft {cfg.bs_sft} must be a multiple of the {self.world} processes")
 
@@ -1448,7 +1440,7 @@ class MaskedSFT(Stage):
     def nelbo(self, rows, key, mine: slice = slice(None)) -> tuple[Tensor, dict]:
         """Algorithm 2: mask the replies at random levels, predict what was hidden, weigh by 1/t.
 
-        The noise is drawn for the whole batch, whoever computes which rows; the shares of `mine` add up to its loss.
+        Noise is drawn for the whole batch, whoever computes which rows; the shares of `mine` add up to its loss.
         """
         generator = self.streams.generator(*key)
         longer, extra = draw_uniform((2,), generator, "cpu").tolist()
@@ -1662,8 +1654,6 @@ ROW_TITLES = {"base": "base", "sft": "+SFT", "diffu_grpo": "+diffu-GRPO", "d1": 
 
 def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % Wilson interval of a share, in [0, 1]."""
-    if n == 0:
-        return 0.0, 1.0
     p, z2 = hits / n, z * z / n
     middle, half = p + z2 / 2, z * math.sqrt(p * (1 - p) / n + z2 / (4 * n))
     return max((middle - half) / (1 + z2), 0.0), min((middle + half) / (1 + z2), 1.0)
@@ -1706,31 +1696,31 @@ def gather_generations(generations: Iterable[tuple[int, dict]]) -> list[dict]:
 
     return [record for _, record in sorted(gather_object(list(generations)), key=lambda pair: pair[0])]
 
-def entry_of(task: Task, row: str, gen_length: int, records: list[dict], data: str) -> dict:
+def entry_of(task: Task, row: str, gen_length: int, records: list[dict], cfg: Settings) -> dict:
     """An entry of eval.json: strict accuracy with its interval, the official score, and how replies look."""
     grades = [grade_generation(task.name, r) for r in records]
     official = [grade_generation(task.name, r, "official") for r in records]
     n, hits = len(records), sum(g.correct for g in grades)
     low, high = wilson(hits, n)
     entry = {
-        "task": task.name, "row": row, "gen_length": gen_length, "data": data, "n": n, "accuracy": hits / n, "low": low,
-        "high": high, "official": sum(g.score for g in official) / n,
+        "task": task.name, "row": row, "gen_length": gen_length, "n": n, "accuracy": hits / n, "low": low, "high": high,
+        "official": sum(g.score for g in official) / n, "answered": sum(g.answer is not None for g in grades) / n,
         "effective_tokens": sum(r["effective_tokens"] for r in records) / n,
-        "prompts_cut": sum(r["prompt_cut"] for r in records),
-        "ended": sum(r["ended"] for r in records) / n, "answered": sum(g.answer is not None for g in grades) / n,
+        "ended": sum(r["ended"] for r in records) / n, "prompts_cut": sum(r["prompt_cut"] for r in records),
+        "model": cfg.model, "seed": cfg.seed, "limit": cfg.limit, "data": cfg.data,
     }
     return entry | ({"cells": sum(g.score for g in grades) / n} if task.name == "sudoku" else {})
 
 def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, out: Path, screen: Screen) -> list[dict]:
     """Accuracy of greedy decoding at every length; writes generations/*.json and merges into eval.json."""
     entries = []
-    for length in eval_lengths(cfg):
+    for length in cfg.lengths():
         began = time.perf_counter()
         screen.start(f"eval {row} {length}", len(examples), 0)
         replies = generate(model, tokenizer, task, examples, cfg, length, lambda n: screen.advance({}, n))
         records = gather_generations(replies)
         screen.stop()
-        entries.append(entry_of(task, row, length, records, cfg.data))
+        entries.append(entry_of(task, row, length, records, cfg))
         if cut := entries[-1]["prompts_cut"]:
             screen.say(f"{cut} of {len(records)} prompts are over --max_prompt {cfg.max_prompt}: cut on the left")
         label = row + (f"_{Path(cfg.data).stem}" if cfg.data else "")
@@ -1757,6 +1747,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     write(part)
+    part.chmod(0o644)
     with part.open("rb") as f:
         os.fsync(f.fileno())
     os.replace(part, path)
@@ -1772,26 +1763,33 @@ def save_trainer(stage: Stage) -> None:
     weights = [p.detach() for p in stage.params]
     if not all(bool(torch.isfinite(w).all()) for w in weights):  # never overwrite a good checkpoint with a broken one
         raise NonFiniteLoss(f"{stage.name} step {stage.step}: the weights are no longer finite")
-    state = dict(step=stage.step, weights=weights, optimizer=stage.optimizer.state_dict(), best=stage.best)
+    state = dict(step=stage.step, weights=weights, optimizer=stage.optimizer.state_dict(), best=stage.best,
+                 settings=dataclasses.asdict(stage.cfg))
     write_whole(stage.out / "trainer" / f"{stage.name}.pt", lambda part: torch.save(state, part))
 
 def load_trainer(stage: Stage) -> bool:
     """Continue a stage from its last checkpoint; False if there is none. Draws depend on seed and step alone."""
-    path = stage.out / "trainer" / f"{stage.name}.pt"
+    path, log = stage.out / "trainer" / f"{stage.name}.pt", stage.out / "metrics.jsonl"
     if not path.exists():
+        drop_later_metrics(log, stage.name, 0)
         return False
-    state = torch.load(path, map_location=stage.device, weights_only=True)
-    with torch.no_grad():
+    with refusing(f"{path} does not fit this run"), torch.no_grad():
+        state = torch.load(path, map_location=stage.device, weights_only=True)
+        free = ("resume", "output_dir", "config", "threads", "debug", "skip_eval", "steps_rl")
+        now = dataclasses.asdict(stage.cfg)
+        if changed := [f"--{k} {v}" for k, v in state["settings"].items() if v != now[k] and k not in free]:
+            raise ValueError(f"give the flags of the run that stopped: {', '.join(changed)}")
         for p, saved in zip(stage.params, state["weights"], strict=True):
             p.copy_(saved)
-    stage.optimizer.load_state_dict(state["optimizer"])
-    stage.step, stage.best = state["step"], state["best"]
-    drop_later_metrics(stage.out / "metrics.jsonl", stage.name, stage.step)
+        stage.optimizer.load_state_dict(state["optimizer"])
+        stage.step, stage.best = state["step"], state["best"]
+    drop_later_metrics(log, stage.name, stage.step)
     return True
 
 def drop_later_metrics(path: Path, name: str, step: int) -> None:
     """Remove what a stopped run logged after its last checkpoint, since those steps are made again."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill can cut the last one short
     kept = [r for r in rows if r["stage"] != name or r["step"] <= step]
     write_whole(path, lambda part: part.write_text("".join(json.dumps(r) + "\n" for r in kept)))
 
@@ -1813,7 +1811,7 @@ def export_model(model, tokenizer, out: Path, state: dict) -> None:
         else:
             model.save_pretrained(saved, selected_adapters=stacked, save_embedding_layers=False)
         tokenizer.save_pretrained(saved)
-        for file in sorted(p for p in saved.iterdir() if p.is_file()):
+        for file in sorted(p for p in saved.iterdir() if p.is_file() and p.name != "README.md"):
             write_whole(out / file.name, lambda part, file=file: shutil.move(file, part))
     write_json(out / "d1_state.json", state)
 
@@ -1822,12 +1820,8 @@ def export_merged(model, tokenizer, out: Path, form: str) -> None:
     if not processes().is_main_process:
         return
     config = model.config
-    if form == "llada" and config.model_type != "llama":
-        raise UserError(f"--export llada needs LLaDA's network, which is Llama's; this model is {config.model_type}")
     if hasattr(model, "peft_config"):
         model = copy.deepcopy(model).merge_and_unload()
-    if getattr(config, "quantization_config", None):
-        model = model.dequantize(torch.bfloat16)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     if form != "llada":
@@ -1855,11 +1849,11 @@ def run_state(cfg: Settings, stages: list[str], origin: str) -> dict:
     """What d1_state.json tells of a checkpoint: stages passed, settings, versions, commit, argv."""
     import transformers
 
-    where = str(Path(__file__).resolve().parent)
-    git = subprocess.run(["git", "-C", where, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
     return dict(stages=stages, preset=cfg.preset, origin=origin, settings=dataclasses.asdict(cfg), argv=sys.argv[1:],
-                versions=versions, commit=git.stdout.strip() or None)
+                versions=versions, commit=commit or None)
 
 
 # %% 14. Screen and logs
@@ -1875,17 +1869,15 @@ class Screen:
         self.bar = None
 
     def say(self, text: str) -> None:
-        """One line."""
         (self.bar.console if self.bar else self.console).print(text, markup=False)
 
     def start(self, name: str, total: int, done: int) -> None:
-        """Begin a progress bar."""
         self.name, self.total, self.done, self.began, self.said = name, total, done, time.monotonic(), time.monotonic()
         self.first, self.shown = done, {}
         if self.live:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            columns = TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn()
             note = TextColumn("{task.fields[note]}")
             self.bar = Progress(*columns, note, console=self.console, transient=name.startswith("eval"))
             self.handle = self.bar.add_task(name, total=total, completed=done, note="")
@@ -1896,7 +1888,7 @@ class Screen:
         self.done += n
         self.shown |= metrics
         names = ("reward", "kl", "heldout_accuracy") if "reward" in self.shown else ("loss", "heldout_loss")
-        note = "  ".join(f"{k} {self.shown[k]:.3f}" for k in names if k in self.shown)
+        note = "  ".join(f"{k.removesuffix('_accuracy')} {self.shown[k]:.3f}" for k in names if k in self.shown)
         if self.bar:
             self.bar.update(self.handle, advance=n, note=note)
         elif time.monotonic() - self.said > 15:
@@ -1905,7 +1897,6 @@ class Screen:
             self.say(f"{self.name} {self.done}/{self.total}  {note}  {left:.0f} s left")
 
     def stop(self) -> None:
-        """End the bar."""
         if self.bar:
             self.bar.stop()
             self.bar = None
@@ -1930,11 +1921,13 @@ def results_table(screen: Screen, entries: list[dict], cfg: Settings) -> None:
         for length in lengths:
             e = cells.get((task, row, length))
             text = "-" if e is None else f"{100 * e['accuracy']:.1f} [{100 * e['low']:.0f}, {100 * e['high']:.0f}]"
-            text += f" cells {100 * e['cells']:.1f}" if e and "cells" in e else ""
             if "llada" in cfg.model.lower() and length in (128, 256, 512):
                 text += f" (paper {PAPER_TABLE1[task][row].split()[(128, 256, 512).index(length)]})"
             line.append(text)
         rows.append([*line, next(e["n"] for e in entries if (e["task"], e["row"]) == (task, row))])
+        if task == "sudoku":
+            shares = [cells.get((task, row, n), {}).get("cells") for n in lengths]
+            rows.append(["", "cells", *("-" if c is None else f"{100 * c:.1f}         " for c in shares), ""])
     title = "Accuracy, %: strict grading, greedy, 95 % Wilson interval"
     title += "; stand-in = generated problems, not the benchmark" if standin else ""
     screen.table(title, ["task", "row", *(f"length {n}" for n in lengths), "n"], rows)
@@ -1946,7 +1939,8 @@ def plot_curves(out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    log = out / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     wanted = {("sft", "loss"): "SFT loss, nats a token", ("diffu_grpo", "reward"): "mean reward",
               ("diffu_grpo", "kl"): "KL to start of stage 2", ("diffu_grpo", "heldout_accuracy"): "held-out accuracy"}
     panels = [(title, stage, [(r["step"], r[name]) for r in rows if r["stage"] == stage and name in r])
@@ -1973,12 +1967,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(message)
 
-def show_default(f: dataclasses.Field) -> str:
-    """A setting's defaults as --help shows them."""
-    columns = f.metadata["columns"]
-    short = [f"{p} {json.dumps(v) if isinstance(v, dict) else v!r}" for p, v in columns.items()]
-    return short[0].split(" ", 1)[1] if len({json.dumps(v) for v in columns.values()}) == 1 else " | ".join(short)
-
 def build_parser() -> Parser:
     """One flag per field of Settings; help = text, defaults, source."""
     parser = Parser(
@@ -1989,7 +1977,9 @@ def build_parser() -> Parser:
     kinds = {"int": int, "float": float, "str": str}
     for f in dataclasses.fields(Settings):
         m = f.metadata
-        text = f"{m['help']}. Default: {show_default(f)}. [{m['source']}]".replace("%", "%%")
+        each = [f"{preset} {value!r}" for preset, value in m["columns"].items()]
+        default = each[0].removeprefix("paper ") if len({e.split(" ", 1)[1] for e in each}) == 1 else " | ".join(each)
+        text = f"{m['help']}. Default: {default}. [{m['source']}]".replace("%", "%%")
         if f.type == "bool":
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
@@ -2045,10 +2035,6 @@ def settle(given: dict[str, tuple[Any, str]]) -> tuple[Settings, dict[str, str]]
     validate(cfg)
     return cfg, origin
 
-def eval_lengths(cfg: Settings) -> list[int]:
-    """--eval_lengths as numbers."""
-    return [int(n) for n in str(cfg.eval_lengths).split(",")]
-
 def validate(cfg: Settings) -> None:
     """UserError on values that cannot run, before anything is loaded."""
     for f in dataclasses.fields(Settings):
@@ -2060,22 +2046,22 @@ def validate(cfg: Settings) -> None:
             raise UserError(f"--{f.name} must be {bounds}, not {value}")
     if not re.fullmatch(r"\d+(,\d+)*", str(cfg.eval_lengths)):
         raise UserError(f"--eval_lengths must be numbers with commas, such as 128,256,512, not {cfg.eval_lengths}")
-    for flag, length in [("gen_length", cfg.gen_length)] + [("eval_lengths", n) for n in eval_lengths(cfg)]:
+    for flag, length in [("gen_length", cfg.gen_length)] + [("eval_lengths", n) for n in cfg.lengths()]:
         if length < 1 or length % cfg.block_length:
             raise UserError(f"--{flag} {length} must be a positive multiple of --block_length {cfg.block_length}")
     blocks = cfg.gen_length // cfg.block_length
     if cfg.diffusion_steps and not blocks <= cfg.diffusion_steps <= cfg.gen_length:
-        bounds = f"between {blocks} (one a block) and --gen_length {cfg.gen_length}"
-        raise UserError(f"--diffusion_steps must be {bounds}, not {cfg.diffusion_steps}")
-    trains = bool(cfg.task) and not cfg.eval_only
-    flash = cfg.attn == "flash_attention_2"
+        raise UserError(f"--diffusion_steps {cfg.diffusion_steps} must be from {blocks}, one a block, to --gen_length")
+    trains, flash = bool(cfg.task) and not cfg.eval_only, cfg.attn == "flash_attention_2"
     for wrong, text in (
         (cfg.bs_rl % cfg.group, f"--bs_rl {cfg.bs_rl} must be a multiple of --group {cfg.group}"),
         (cfg.eval_only and cfg.task not in RL_TASKS, f"--eval_only needs a benchmark: --task {', '.join(RL_TASKS)}"),
+        (not cfg.task and cfg.model == "tiny", "--export without --task converts a checkpoint: give --model"),
         (cfg.task == "sft_only" and cfg.skip_sft, "--task sft_only and --skip_sft leave nothing to do"),
         (cfg.model == "tiny" and (cfg.use_lora or cfg.load_4bit),
          "--model tiny starts from random weights: train it without --use_lora and --load_4bit first"),
         (cfg.load_4bit and trains and not cfg.use_lora, "--load_4bit weights cannot be trained: add --use_lora"),
+        (cfg.load_4bit and cfg.export, "--export needs unpacked weights: export the saved adapter without --load_4bit"),
         (cfg.load_4bit and not importlib.util.find_spec("bitsandbytes"), "--load_4bit needs the package bitsandbytes"),
         (flash and not importlib.util.find_spec("flash_attn"), "--attn flash_attention_2 needs the package flash-attn"),
         (flash and not torch.cuda.is_available(), "--attn flash_attention_2 needs a CUDA GPU: use --attn auto"),
@@ -2122,8 +2108,8 @@ def read_traces(cfg: Settings, tokenizer, screen: Screen) -> list[tuple[list[int
     screen.say(f"{cfg.sft_data}: {len(rows)} traces")
     for numbers, why in ((bad, "malformed or all prompt, left out"), (long, f"cut at --sft_length {cfg.sft_length}")):
         if numbers:
-            more = ", ..." if len(numbers) > 8 else ""
-            screen.say(f"  {len(numbers)} rows {why}: {', '.join(map(str, numbers[:8]))}{more}")
+            first = ", ".join(map(str, numbers[:8])) + ", ..." * (len(numbers) > 8)
+            screen.say(f"  {len(numbers)} {why}: row number {first}")
     return rows
 
 def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
@@ -2134,8 +2120,9 @@ def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
         sizes = {"train": max(min(draws, 20000), 1), "heldout": 128, "test": cfg.limit or 256}
         return task.examples(split, sizes[split], seed=cfg.seed if split == "train" else 0)
     rows = task.examples(split, data=source)
-    if not cfg.eval_only and (cfg.data or split != "test"):  # a hub set has a test split of its own
-        parts = {"train": ("train",) if cfg.data else ("train", "test"), "heldout": ("heldout",), "test": ("test",)}
+    local = Path(source).is_file()
+    if not cfg.eval_only and (local or split != "test"):  # a hub set has a test split of its own
+        parts = {"train": ("train",) if local else ("train", "test"), "heldout": ("heldout",), "test": ("test",)}
         rows = [r for r in rows if split_of(json.dumps(r, sort_keys=True)) in parts[split]]
     if not rows:
         raise UserError(f"{source} has no problems for the {split} split")
@@ -2149,8 +2136,6 @@ def prepare_folder(cfg: Settings, out: Path, screen: Screen) -> None:
         aside = next(p for i in itertools.count(1) if not (p := out.with_name(f"{out.name}.old{i}")).exists())
         out.rename(aside)
         screen.say(f"an earlier run was in {out}; it is now in {aside}")
-    if cfg.resume and not (out / "trainer").exists():
-        raise UserError(f"nothing to resume in {out}: run without --resume")
     out.mkdir(parents=True, exist_ok=True)
     processes().wait_for_everyone()
 
@@ -2175,22 +2160,25 @@ def row_name(stages: Sequence[str]) -> str:
 def run_benchmark(cfg: Settings, screen: Screen, out: Path, before: bool = True) -> list[dict]:
     """Stage 1 if needed, evaluation, stage 2, evaluation. Returns the entries of eval.json it made."""
     task = TASKS[cfg.task]
-    prepare_folder(cfg, out, screen)
     model, tokenizer = open_model(cfg, screen)
     stages = list(read_json(Path(cfg.model, "d1_state.json")).get("stages", []))
     test = problems_of(cfg, task, "test")
+    train, heldout = (test, test) if cfg.eval_only else (problems_of(cfg, task, s) for s in ("train", "heldout"))
+    teaches = "sft" not in stages and not cfg.skip_sft and not cfg.eval_only
+    traces = sft_rows(cfg, tokenizer, [task], screen) if teaches else []
+    prepare_folder(cfg, out, screen)
     if cfg.data:
         seen = sum(task.split(e) == "train" for e in test)
         screen.say(f"{cfg.data}: {len(test)} problems; {seen} of them {task.overlap} in the embedded training split")
     look = functools.partial(evaluate, model, tokenizer, task, test, cfg, out=out, screen=screen)
     if cfg.eval_only:
         return look(row=row_name(stages))
-    if "sft" not in stages and not cfg.skip_sft:
-        run_stage(MaskedSFT(model, tokenizer, sft_rows(cfg, tokenizer, [task], screen), cfg, out), ["sft"], cfg, screen)
+    if teaches:
+        run_stage(MaskedSFT(model, tokenizer, traces, cfg, out), ["sft"], cfg, screen)
         stages = ["sft"]
     entries = look(row=row_name(stages)) if before and not cfg.skip_eval else []
     stages = [s for s in stages if s != "diffu_grpo"] + ["diffu_grpo"]
-    heldout = problems_of(cfg, task, "heldout")[: cfg.limit or 128]
+    heldout = heldout[: cfg.limit or 128]
 
     def check(model) -> float:
         records = gather_generations(generate(model, tokenizer, task, heldout, cfg, cfg.gen_length))
@@ -2199,7 +2187,7 @@ def run_benchmark(cfg: Settings, screen: Screen, out: Path, before: bool = True)
     def reward(texts, examples):
         return [task.rewards(t, e, cfg.preset == "official") for t, e in zip(texts, examples, strict=True)]
 
-    stage = DiffuGRPO(model, tokenizer, problems_of(cfg, task, "train"), task.messages, reward, cfg, out, check)
+    stage = DiffuGRPO(model, tokenizer, train, task.messages, reward, cfg, out, check)
     run_stage(stage, stages, cfg, screen)
     return entries + ([] if cfg.skip_eval else look(row=row_name(stages)))
 
@@ -2211,13 +2199,16 @@ def open_model(cfg: Settings, screen: Screen):
     model, tokenizer = load_model(
         cfg.model, dtype=dtype, load_4bit=cfg.load_4bit, attn=cfg.attn, seed=cfg.seed,
         lora=(cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets) if adapts else None)
+    c = model.config
+    if cfg.export == "llada" and (c.model_type != "llama" or c.tie_word_embeddings or c.attention_bias or c.mlp_bias):
+        raise UserError(f"--export llada needs LLaDA's network, a plain Llama; this model is another, {c.model_type}")
     if trains_all and hasattr(model, "peft_config"):
         model = model.merge_and_unload().requires_grad_(True)
     if cfg.grad_checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    screen.say(f"model {cfg.model}: {total:,} parameters, {trained:,} trained ({100 * trained / total:.2f} %)")
+    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not t) for t in (False, True))
+    share = f", {trained:,} trained ({100 * trained / total:.2f} %)" if trains else ""
+    screen.say(f"model {cfg.model}: {total:,} parameters{share}")
     if adapts:
         layers = collections.Counter(n.split(".")[-2] for n, _ in model.named_modules() if n.endswith("lora_A"))
         what = ", ".join(f"{n} x{count}" for n, count in layers.items())
@@ -2231,9 +2222,9 @@ def open_model(cfg: Settings, screen: Screen):
 
 def run_sft_only(cfg: Settings, screen: Screen, out: Path) -> list[dict]:
     """Stage 1 on all tasks' traces, one checkpoint."""
-    prepare_folder(cfg, out, screen)
     model, tokenizer = open_model(cfg, screen)
     rows = sft_rows(cfg, tokenizer, list(TASKS.values()), screen)
+    prepare_folder(cfg, out, screen)
     run_stage(MaskedSFT(model, tokenizer, rows, cfg, out), ["sft"], cfg, screen)
     return [] if cfg.skip_eval else evaluate_tasks(cfg, model, tokenizer, "sft", screen, out)
 
@@ -2243,33 +2234,43 @@ def evaluate_tasks(cfg: Settings, model, tokenizer, row: str, screen: Screen, ou
     done = [evaluate(model, tokenizer, TASKS[t], rows, cfg, row, out, screen) for t, rows in tests.items()]
     return list(itertools.chain(*done))
 
-def run_table1(cfg: Settings, given: dict, screen: Screen, out: Path) -> list[dict]:
+def run_table1(cfg: Settings, screen: Screen, out: Path, given: dict) -> list[dict]:
     """The paper's Table 1 on the model given: base, +SFT, +diffu-GRPO, d1. Finished parts are not redone."""
     out.mkdir(parents=True, exist_ok=True)
-    wanted = {(t, n) for t in TASKS for n in eval_lengths(cfg)}
+    wanted = {(t, n) for t in TASKS for n in cfg.lengths()}
 
     def part(name: str, folder: Path, make: Callable[[], list[dict]]) -> list[dict]:
         done = json.loads(path.read_text()) if (path := folder / "eval.json").exists() else []
-        kept = [e for e in done if e["row"] == name and not e["data"]]
+        same = {"row": name, "seed": cfg.seed, "limit": cfg.limit, "data": cfg.data}
+        models = (cfg.model, str(sft)) if name == "sft" else (str(sft),) if name == "d1" else (cfg.model,)
+        kept = [e for e in done if e["model"] in models and all(e[k] == v for k, v in same.items())]
         missing = wanted if name in ("base", "sft") else {w for w in wanted if w[0] == folder.name.split("_")[0]}
         if missing <= {(e["task"], e["gen_length"]) for e in kept}:
             screen.say(f"{folder}: already done, taken as it is")
             return kept
+        screen.say(f"--- table1: {folder}")
         return [e for e in make() if e["row"] == name]
 
-    def sub(task: str, **changes) -> Settings:
-        return settle({**given, "task": (task, "table1")} | {k: (v, "table1") for k, v in changes.items()})[0]
+    def sub(task: str, folder: Path, **changes) -> Settings:
+        changes |= {"task": task, "resume": cfg.resume and (folder / "trainer").exists()}
+        return settle(given | {k: (v, "table1") for k, v in changes.items()})[0]
 
-    def base() -> list[dict]:
-        (out / "base").mkdir(exist_ok=True)
-        return evaluate_tasks(cfg, *open_model(cfg, screen), "base", screen, out / "base")
+    def look(row: str, folder: Path, cfg: Settings) -> list[dict]:
+        folder.mkdir(exist_ok=True)
+        return evaluate_tasks(cfg, *open_model(dataclasses.replace(cfg, eval_only=True), screen), row, screen, folder)
+
+    def teach() -> list[dict]:
+        state = read_json(sft / "d1_state.json")
+        if state and (state["origin"], state["settings"]["seed"]) == (cfg.model, cfg.seed):  # trained, not evaluated
+            return look("sft", sft, dataclasses.replace(cfg, model=str(sft)))
+        return run_sft_only(sub("sft_only", sft, skip_eval=False), screen, sft)
 
     sft = out.parent / "sft"  # where --task sft_only leaves it
-    entries = part("base", out / "base", base)
-    entries += part("sft", sft, lambda: run_sft_only(sub("sft_only", skip_eval=False), screen, sft))
+    entries = part("base", out / "base", lambda: look("base", out / "base", cfg)) + part("sft", sft, teach)
     for task in TASKS:
         for row, model in (("diffu_grpo", cfg.model), ("d1", str(sft))):
-            rl, folder = sub(task, model=model, skip_sft=True, preset=cfg.preset), out / f"{task}_{row}"
+            folder = out / f"{task}_{row}"
+            rl = sub(task, folder, model=model, skip_sft=True, preset=cfg.preset)
             entries += part(row, folder, lambda rl=rl, folder=folder: run_benchmark(rl, screen, folder, before=False))
     write_json(out / "eval.json", entries)
     return sorted(entries, key=lambda e: (list(TASKS).index(e["task"]), list(ROW_TITLES).index(e["row"])))
@@ -2282,15 +2283,12 @@ def skeleton(cfg: Settings):
     raw = LLADA_8B if base in ALIASES.values() else read_config(base)  # known without a network
     with refusing(f"cannot load {base}"), torch.device("meta"):
         network, config = network_of(base, raw)
-        model = getattr(network, "from_config", network._from_config)(config)
+        model = (getattr(network, "from_config", None) or network._from_config)(config)
         lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
         return adapt_with_lora(model, *lora) if cfg.use_lora and not cfg.eval_only else model
 
 def bytes_per_token(config, r: int, checkpointing: bool) -> float:
-    """What backward needs of one token, in bytes: a Llama in bf16 arithmetic with fused attention.
-
-    A block keeps the inputs of norms (fp32) and linear layers, q, k, v, and three of the MLP's width.
-    """
+    """What backward keeps of one token, in bytes: a Llama in bf16 arithmetic, fp32 norms, fused attention."""
     d, layers = config.hidden_size, config.num_hidden_layers
     f = getattr(config, "intermediate_size", None) or 4 * d
     block = 28 * d + 8 * f + 14 * r if r else 34 * d + 8 * f  # full training has fp32 residuals and norms
@@ -2306,15 +2304,17 @@ def plan(cfg: Settings) -> list[tuple[str, str]]:
     packed = sum(m.weight.numel() for m in block_linears(model).values()) if cfg.load_4bit else 0
     width = 4 if sized == "tiny" or not (cfg.use_lora or cfg.eval_only) else 2  # bytes of a weight; NF4 has .516
     sft = cfg.task in ("sft_only", "table1") or (cfg.task in RL_TASKS and not cfg.skip_sft and not cfg.eval_only)
-    rl = cfg.task in RL_TASKS and not cfg.eval_only
+    rl = cfg.task in (*RL_TASKS, "table1") and not cfg.eval_only
     prompt = 24 if sized == "tiny" else cfg.max_prompt
     steps = cfg.diffusion_steps or cfg.gen_length // 2
-    row, back = prompt + cfg.gen_length, 4 if cfg.use_lora else 6  # LoRA needs no gradient of the frozen weights
+    back = (4 if cfg.use_lora else 6) + 2 * cfg.grad_checkpoint  # LoRA needs no gradient of the frozen weights
+    row, rows_sft = prompt + cfg.gen_length, min(cfg.rows_sft, cfg.bs_sft)
+    updates_rl = cfg.steps_rl * rl * (8 if cfg.task == "table1" else 1)
     work = {  # name: (passes an update, updates, tokens a pass, FLOPs a weight and token)
-        "SFT: forward + backward passes": (1, cfg.steps_sft * sft, cfg.bs_sft * cfg.sft_length, back),
-        "RL rollouts: forward passes": (steps * cfg.grad_accum / cfg.mu, cfg.steps_rl * rl, cfg.bs_rl * row, 2),
-        "RL old, ref: forward passes": (cfg.grad_accum * (1 + bool(cfg.beta)), cfg.steps_rl * rl, cfg.bs_rl * row, 2),
-        "RL updates: forward + backward passes": (cfg.grad_accum, cfg.steps_rl * rl, cfg.bs_rl * row, back),
+        "SFT: forward + backward passes": (cfg.bs_sft / rows_sft, cfg.steps_sft * sft, rows_sft * cfg.sft_length, back),
+        "RL rollouts: forward passes": (steps * cfg.grad_accum / cfg.mu, updates_rl, cfg.bs_rl * row, 2),
+        "RL old, ref: forward passes": (cfg.grad_accum * (1 + bool(cfg.beta)), updates_rl, cfg.bs_rl * row, 2),
+        "RL updates: forward + backward passes": (cfg.grad_accum, updates_rl, cfg.bs_rl * row, back),
     }
     weights = total - model.get_input_embeddings().weight.numel()
     lines, whole = [("parameters, of which trained", f"{total + adapters:,}, {trained:,}")], 0.0
@@ -2327,8 +2327,8 @@ def plan(cfg: Settings) -> list[tuple[str, str]]:
                                 f"{passes * updates:,.0f} in the run"))
     lines.append(("FLOPs of training, a process", f"{whole:.2e}: {whole / 2e14 / 3600:,.1f} h at 200 TFLOP/s"))
     copies = 2 if rl and cfg.beta and not cfg.use_lora else 1  # the frozen reference
-    tokens = max(min(cfg.rows_sft, cfg.bs_sft) * cfg.sft_length * sft, cfg.bs_rl * row * rl)
-    replies = max(min(cfg.rows_sft, cfg.bs_sft) * cfg.sft_length // 2 * sft, cfg.bs_rl * cfg.gen_length * rl)
+    tokens = max(rows_sft * cfg.sft_length * sft, cfg.bs_rl * row * rl)
+    replies = max(rows_sft * cfg.sft_length // 2 * sft, cfg.bs_rl * cfg.gen_length * rl)
     left = bytes_per_token(config, cfg.lora_r * cfg.use_lora, cfg.grad_checkpoint) * tokens
     memory = {
         "weights" + " and reference" * (copies == 2): copies * (packed * 0.516 + (total - packed) * width),
@@ -2339,7 +2339,7 @@ def plan(cfg: Settings) -> list[tuple[str, str]]:
     lines += [(f"memory: {k}", f"{v / gib:.3f} GiB") for k, v in memory.items() if v]
     lines += [("memory: peak, about", f"{sum(memory.values()) / gib:.2f} GiB"),
               ("disk: weights and trainer state", f"{trained * 16 / gib:.3f} GiB"),
-              ("evaluation lengths, steps", ", ".join(f"{n}: {n // 2}" for n in eval_lengths(cfg)))]
+              ("evaluation lengths", cfg.eval_lengths)]
     return lines
 
 def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
@@ -2357,11 +2357,11 @@ def run(cfg: Settings, given: dict, screen: Screen) -> None:
         screen.say(f"{cfg.model} is now in {cfg.output_dir}, in the form {cfg.export}")
         return
     began, out = time.monotonic(), Path(cfg.output_dir) / {"sft_only": "sft"}.get(cfg.task, cfg.task)
+    if cfg.resume and not (out if cfg.task == "table1" else out / "trainer").exists():
+        raise UserError(f"nothing to resume in {out}: run without --resume")
     try:
-        if cfg.task == "table1":
-            entries = run_table1(cfg, given, screen, out)
-        else:
-            entries = (run_sft_only if cfg.task == "sft_only" else run_benchmark)(cfg, screen, out)
+        table1 = functools.partial(run_table1, given=given)
+        entries = {"table1": table1, "sft_only": run_sft_only}.get(cfg.task, run_benchmark)(cfg, screen, out)
     finally:
         screen.stop()  # a bar left open would eat the error's line
     if entries:
@@ -2371,7 +2371,7 @@ def run(cfg: Settings, given: dict, screen: Screen) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 stopped, 2 wrong input, 130 Ctrl-C."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' notes to their own developers
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.disable(logging.ERROR)
     try:
         given = read_flags(argv)
         cfg, origin = settle(given)
@@ -2380,15 +2380,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             dry_run(cfg, origin, screen)
         else:
             run(cfg, given, screen)
-    except (UserError, NonFiniteLoss) as e:
+    except (UserError, NonFiniteLoss, OSError) as e:
         if "--debug" in (sys.argv if argv is None else argv):
             raise
         kept = ". The last checkpoint is kept; try a lower learning rate."
-        says = f"error: {e}" if isinstance(e, UserError) else f"stopped: {e}{kept}"
+        says = f"stopped: {e}{kept}" if isinstance(e, NonFiniteLoss) else f"error: {e}"
         print(f"d1_full.py: {says}", file=sys.stderr)
-        return 2 if isinstance(e, UserError) else 1
+        return 1 if isinstance(e, NonFiniteLoss) else 2
     except KeyboardInterrupt:
-        print("d1_full.py: stopped by Ctrl-C; --resume continues from the last checkpoint", file=sys.stderr)
+        print("d1_full.py: stopped by Ctrl-C; the same flags and --resume go on from a checkpoint", file=sys.stderr)
         return 130
     finally:  # a model whose group is left while it lives can abort the interpreter
         gc.collect()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -206,3 +207,71 @@ def test_help_names_every_setting(capsys):
         d1.main(["--help"])
     shown = capsys.readouterr().out
     assert stop.value.code == 0 and all(f"--{name}" in shown for name in d1.Settings.__dataclass_fields__)
+
+
+def test_a_resumed_run_is_the_run_that_stopped(tmp_path, capsys):
+    assert run("--task", "sudoku", "--skip_eval", out=tmp_path) == 0
+    capsys.readouterr()
+    kept = (tmp_path / "sudoku" / "model.safetensors").read_bytes()
+    assert run("--task", "sudoku", "--skip_eval", "--resume", "--seed", 9, "--lr_rl", 0.01, out=tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "--seed 0" in error and "--lr_rl 0.0002" in error and error.count("\n") == 1
+    assert (tmp_path / "sudoku" / "model.safetensors").read_bytes() == kept
+
+
+def test_a_mistake_moves_no_earlier_run_aside(trained, tmp_path, capsys):
+    shutil.copytree(trained / "sudoku", tmp_path / "sudoku")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"a": 1}\n')
+    for flags in (["--model", "tests/nothere"], ["--data", bad], ["--sft_data", bad]):
+        assert run("--task", "sudoku", *flags, out=tmp_path) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert (tmp_path / "sudoku" / "model.safetensors").exists() and not list(tmp_path.glob("*.old*"))
+
+
+@pytest.mark.parametrize("text,name", [("", "e.jsonl"), ("{", "b.jsonl"), ("", "e.csv"), ("x", "b.parquet")])
+def test_unreadable_data_is_one_line(text, name, tmp_path, capfd):
+    (tmp_path / name).write_text(text)
+    assert run("--task", "count", "--eval_only", "--data", tmp_path / name, out=tmp_path / "o") == 2
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_a_csv_from_a_spreadsheet_and_answers_that_are_no_numbers(tmp_path, capsys):
+    (tmp_path / "p.csv").write_text("\ufeffPuzzle,Solution\n0102200002100320,3142243142131324\n", encoding="utf-8")
+    assert len(d1.TASKS["sudoku"].examples("test", data=str(tmp_path / "p.csv"))) == 1
+    (tmp_path / "g.jsonl").write_text('{"question": "?", "answer": "#### abc"}\n')
+    with pytest.raises(d1.UserError, match="not a gsm8k problem"):
+        d1.TASKS["gsm8k"].examples("test", data=str(tmp_path / "g.jsonl"))
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run("--task", "sudoku", out=tmp_path / "file") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_kill_before_the_first_checkpoint_leaves_no_step_twice(tmp_path):
+    assert run("--task", "sudoku", "--skip_eval", out=tmp_path) == 0
+    folder = tmp_path / "sudoku"
+    (folder / "trainer" / "diffu_grpo.pt").unlink()
+    with (folder / "metrics.jsonl").open("a") as f:
+        f.write('{"stage": "diffu_g')  # cut short
+    assert run("--task", "sudoku", "--skip_eval", "--resume", out=tmp_path) == 0
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if r["stage"] == "diffu_grpo" and "loss" in r] == [1, 2, 3, 4]
+
+
+def test_table1_takes_only_what_this_run_would_make(tmp_path, capsys):
+    small = ("--task", "table1", "--steps_rl", 2, "--limit", 2)
+    assert run(*small, out=tmp_path) == 0
+    capsys.readouterr()
+    assert run(*small, out=tmp_path) == 0
+    assert capsys.readouterr().out.count("already done") == 10
+    assert run(*small, "--seed", 5, out=tmp_path) == 0
+    assert capsys.readouterr().out.count("already done") == 0
+
+
+def test_dry_run_of_other_models_and_of_table1(trained, capsys):
+    for flags in (["--task", "sudoku", "--model", str(trained / "sudoku")], ["--task", "table1"]):
+        assert d1.main([*flags, "--dry_run"]) == 0
+        assert "RL rollouts" in capsys.readouterr().out
