@@ -2241,9 +2241,10 @@ def run_table1(cfg: Settings, screen: Screen, out: Path, given: dict) -> list[di
 
     def part(name: str, folder: Path, make: Callable[[], list[dict]]) -> list[dict]:
         done = json.loads(path.read_text()) if (path := folder / "eval.json").exists() else []
-        same = {"row": name, "seed": cfg.seed, "limit": cfg.limit, "data": cfg.data}
+        limits = (cfg.limit,) if "limit" in given else (0, 256)  # else the presets' own
         models = (cfg.model, str(sft)) if name == "sft" else (str(sft),) if name == "d1" else (cfg.model,)
-        kept = [e for e in done if e["model"] in models and all(e[k] == v for k, v in same.items())]
+        kept = [e for e in done if e.get("model") in models and e.get("limit") in limits and e.get("seed") == cfg.seed
+                and (e["row"], e["data"]) == (name, cfg.data) and e["gen_length"] in cfg.lengths()]
         missing = wanted if name in ("base", "sft") else {w for w in wanted if w[0] == folder.name.split("_")[0]}
         if missing <= {(e["task"], e["gen_length"]) for e in kept}:
             screen.say(f"{folder}: already done, taken as it is")
@@ -2269,8 +2270,7 @@ def run_table1(cfg: Settings, screen: Screen, out: Path, given: dict) -> list[di
     entries = part("base", out / "base", lambda: look("base", out / "base", cfg)) + part("sft", sft, teach)
     for task in TASKS:
         for row, model in (("diffu_grpo", cfg.model), ("d1", str(sft))):
-            folder = out / f"{task}_{row}"
-            rl = sub(task, folder, model=model, skip_sft=True, preset=cfg.preset)
+            rl = sub(task, folder := out / f"{task}_{row}", model=model, skip_sft=True, preset=cfg.preset)
             entries += part(row, folder, lambda rl=rl, folder=folder: run_benchmark(rl, screen, folder, before=False))
     write_json(out / "eval.json", entries)
     return sorted(entries, key=lambda e: (list(TASKS).index(e["task"]), list(ROW_TITLES).index(e["row"])))
