@@ -58,6 +58,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import atexit
 import collections
 import contextlib
 import copy
@@ -72,15 +73,18 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import operator
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -106,7 +110,7 @@ def opt(paper, help, source="ours", *, official=None, tiny=None, choices=(), low
     meta = dict(columns=columns, help=help, source=source, choices=choices, low=low, high=high)
     return dataclasses.field(default=None, metadata=meta)
 
-RL_TASKS = ("gsm8k", "math500", "count", "sudoku")
+RL_TASKS = ("gsm8k", "math500", "count", "sudoku", "custom")
 TASK_CHOICES = ("sft_only", *RL_TASKS, "table1")
 HUB_ROWS = 20000  # more problems than the paper's longest run draws
 STEPS_RL = {"gsm8k": 7700, "math500": 6600, "count": 5000, "sudoku": 3800, "*": 5000}
@@ -125,6 +129,8 @@ class Settings:
     data: str = opt("", "benchmark problems: a local .jsonl, .json, .csv or .parquet, or a hub id owner/name[:config]; "
                     f"of a hub set the first {HUB_ROWS:,} rows are streamed")
     sft_data: str = opt("simplescaling/s1K", "SFT traces: a file or hub set, as --data", "Sec. 4", tiny="")
+    reward: str = opt("", "--task custom: FILE.py:FUNCTION, called as TRL calls it (prompts, completions, **columns)")
+    reward_errors: str = opt("stop", "when that function fails: stop, or pay the batch zero", choices=("stop", "zero"))
     skip_sft: bool = opt(False, "go straight to stage 2")
     skip_eval: bool = opt({"sft_only": True, "*": False}, "train only", tiny=False)
     eval_only: bool = opt(False, "evaluate --model on --task and stop")
@@ -176,12 +182,13 @@ class Settings:
     clip_rl: float = opt(0.2, "gradient norm limit", "App. D", low=0.0)
     temperature: float = opt({"sudoku": 0.3, "*": 0.9}, "of rollouts", "App. D", official=0.9, tiny=0.9, low=0.0)
     max_prompt: int = opt(200, "longest prompt; longer ones are cut on the left", "App. D", tiny=64, low=1)
+    patience: int = opt(0, "stop after so many held-out checks in a row without a better one; 0 = never", low=0)
     # decoder and evaluation
     gen_length: int = opt(256, "tokens a rollout may take", "App. D", tiny=32, low=1)
     block_length: int = opt(32, "tokens of a semi-autoregressive block", "App. D", low=1)
     diffusion_steps: int = opt(0, "denoising steps of a rollout; 0 = gen_length/2", "App. D", low=0)
     eval_lengths: str = opt("128,256,512", "evaluation lengths; greedy, length/2 steps", "Sec. 4", tiny="32,64,96")
-    limit: int = opt({"count": 256, "sudoku": 256, "*": 0}, "test problems; 0 = all, or 256 generated", tiny=0, low=0)
+    limit: int = opt(0, "test problems; 0 = all of --data or of the set, 256 of count and of generated ones", low=0)
     bs_eval: int = opt(8, "rows decoded at once", tiny=128, low=1)
     save_steps: int = opt(100, "updates between checkpoints and held-out checks", "official train.yaml", tiny=40, low=1)
 
@@ -831,6 +838,9 @@ def reply_texts(tokenizer, completion: Tensor) -> list[str]:
 SYSTEM = ("Think step by step, then answer. Write your reply exactly in this form:\n"
           "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>")
 
+EXPERT = ("As an expert in mathematics, solve the problem step by step and box the final answer. Keep to this form:\n"
+          "<reasoning>\nthe steps\n</reasoning>\n<answer>\n\\boxed{...}\n</answer>")
+
 @dataclasses.dataclass(frozen=True)
 class Grade:
     """Verdict on one reply: right or not, a score in [0, 1] (sudoku: share of empty cells), the answer read."""
@@ -850,16 +860,20 @@ def last_answer(text: str) -> str | None:
 
 def first_answer(text: str) -> str | None:
     """The first complete <answer> block, as the official parser reads it."""
-    block = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    return block[1].strip() if block else None
+    inside, end, _ = text.partition("<answer>")[2].partition("</answer>")
+    return inside.strip() if end else None
+
+def answers(text: str) -> list[str]:
+    """Every complete <answer> block. What never closes is cut off first, so the time is linear in the length."""
+    return re.findall(r"<answer>(.*?)</answer>", text[: text.rfind("</answer>") + len("</answer>")], re.DOTALL)
 
 def closing_brace(text: str, start: int) -> int:
-    """Index of the brace that closes the first one opened from `start` on; -1 if none does."""
+    """Index of the brace that closes the first one opened from `start` on; -1 if none does in 10,000 characters."""
     depth = 0
-    for i in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if text[i] == "}" and depth == 0:
-            return i
+    for brace in re.compile("[{}]").finditer(text, start, start + 10000):
+        depth += 1 if brace[0] == "{" else -1
+        if brace[0] == "}" and depth == 0:
+            return brace.start()
     return -1
 
 def last_boxed(text: str) -> str | None:
@@ -952,6 +966,36 @@ def equal_latex(a: str, b: str) -> bool:
     except ValueError:
         return a == b
 
+def verify_in_worker(gold: str, found: str) -> bool:
+    """math-verify's answer, gold first. Its own time limits are signals, which C code ignores."""
+    from math_verify import parse, verify
+
+    logging.disable(logging.ERROR)
+    return verify(*(parse(f"${text}$", parsing_timeout=None) for text in (gold, found)), timeout_seconds=None)
+
+@functools.cache
+def math_worker():
+    """A process for `verify_in_worker`, started and warm; it is ended when an answer takes too long."""
+    pool = multiprocessing.get_context("spawn").Pool(1, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    atexit.register(pool.terminate)
+    pool.apply(verify_in_worker, ("1", "2"))
+    return pool
+
+def same_mathematics(found: str, gold: str, limit: float = 1.0) -> bool:
+    """Whether two LaTeX answers are equal: in plain form, as numbers, or by math-verify in `limit` seconds."""
+    numbers = parse_number(found), parse_number(gold)
+    if None not in numbers or equal_latex(found, gold):
+        return None in numbers or numbers[0] == numbers[1]
+    # towers of powers, long sums and factorials of large numbers would only run into the limit
+    if len(found) > 200 or re.search(r"\d{20}|\d{4}!|\^[^^]{0,9}\^|\^\W*\d{4}|\*\*|\\(sum|prod|int|binom)", found):
+        return False
+    try:
+        return math_worker().apply_async(verify_in_worker, (gold, found)).get(limit)
+    except multiprocessing.TimeoutError:
+        math_worker().terminate()
+        math_worker.cache_clear()
+        return False
+
 def tag_count_reward(text: str) -> float:
     """Up to .5 for four tags on lines of their own, less .001 a character after the last (official rule)."""
     score = 0.125 * (text.count("<reasoning>\n") == 1) + 0.125 * (text.count("\n</reasoning>\n") == 1)
@@ -965,8 +1009,11 @@ class Task:
     generations file; further rewards, grade and official_grade, and solve where the one below does not do.
     """
 
-    name = official_name = hub = ""  # as in --task; as in the official generations' file names; the public data set
+    name = official_name = ""  # as in --task; as in the official generations' file names
+    hub = hub_test = ""  # the public data set, and the one to test on if it is another
+    tests = 0  # problems of it that the paper tests on; 0 = all
     system, asks = SYSTEM, "{question}"  # the chat's first part; the question, filled in from the example
+    score = ""  # what Grade.score counts, where it is more than right or wrong
     careful = 0.4  # share of generated demonstrations by the careful solver; the rest is careless
     overlap = "are"  # how a problem would be known from training
     stems: tuple[str, ...] = ()  # the fixed words of a question
@@ -986,19 +1033,25 @@ class Task:
             drawn = (self.generate(rng) for _ in itertools.count())
             return list(itertools.islice((e for e in drawn if self.split(e) == split), 256 if n is None else n))
         problems = []
-        for row in read_rows(data, split):
-            with refusing(f"{data}: not a {self.name} problem: {str(row)[:120]}"):
+        for number, row in enumerate(read_rows(data, split), 1):
+            try:
                 problems.append(self.parse(row))
+            except KeyError as e:
+                raise UserError(f"{data}, row {number}: no column {e}; it has {', '.join(map(str, row))}") from e
+            except (ValueError, TypeError, AttributeError) as e:
+                raise UserError(f"{data}, row {number}: no {self.name} problem: {e}; it has {str(row)[:120]}") from e
         return problems[:n]
 
     def question(self, example: dict) -> str:
         return self.asks.format(**example)
 
-    def messages(self, example: dict) -> list[dict]:
-        """The chat that asks one problem."""
-        # [D13] official trains with a tags-only text and tests with a math-expert text, a boxed answer and a
-        #       prefilled <reasoning>. here: one builder serves SFT, RL and evaluation.
-        return [{"role": "user", "content": f"{self.system}\n\n{self.question(example)}"}]
+    def messages(self, example: dict, system: str | None = None) -> list[dict]:
+        """The chat that asks one problem; its first part may be given."""
+        return [{"role": "user", "content": f"{system or self.system}\n\n{self.question(example)}"}]
+
+    def pay(self, texts: Sequence[str], examples: Sequence[dict], official: bool = False) -> list[dict[str, float]]:
+        """The rewards of many replies."""
+        return [self.rewards(t, e, official) for t, e in zip(texts, examples, strict=True)]
 
     def demonstrate(self, example: dict, rng: random.Random, careful: bool) -> str:
         """A reply in the required form, by a careful solver who works it out or a careless one who guesses."""
@@ -1016,6 +1069,10 @@ class Task:
     def ground_truth(self, example: dict) -> Any:
         """What the official generations file holds as ground_truth."""
         return example["answer"]
+
+    def official_grade(self, completion: str, example: dict, gold: Any) -> Grade:
+        """The official parser's verdict; gold is the file's ground_truth."""
+        return self.grade(completion, example)
 
 def split_of(key: str) -> str:
     """A fixed split for a key: 80 % train, 8 % heldout, 12 % test."""
@@ -1073,13 +1130,15 @@ class Gsm8k(Task):
         # [D10] official's patterns lack DOTALL (reward_func.py:49), so work of two lines never earns
         #       the format reward. here: "." matches a newline, and a final one is not demanded.
         flags, final = (0, "\n$") if official else (re.DOTALL, "\n?$")
-        strict = re.match(r"^<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>" + final, completion, flags)
-        soft = re.match(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", completion, flags)
+        #       (?>...) never tries again where it stopped, so no text takes more than linear time.
+        strict = re.match(r"<reasoning>\n(?>.*?\n</reasoning>\n<answer>\n).*?\n</answer>" + final, completion, flags)
+        soft = any(re.match(rf"<reasoning>(?>.*{first}</reasoning>\s*<answer>).*?</answer>", completion, flags)
+                   for first in ("?", ""))  # at the first border between the blocks, or at the last
         number = parse_number(found)
         right = found == example["answer"] if official else None is not number == parse_number(example["answer"])
         integer = (found or "").isdigit() if official else number is not None and number.denominator == 1
         return {"correctness": 2.0 * right, "int": 0.5 * integer, "strict_format": 0.5 * bool(strict),
-                "soft_format": 0.5 * bool(soft), "xmlcount": tag_count_reward(completion)}
+                "soft_format": 0.5 * soft, "xmlcount": tag_count_reward(completion)}
 
     def grade(self, completion, example):
         found = last_answer(completion) or ""
@@ -1097,14 +1156,15 @@ class Gsm8k(Task):
             except ValueError:
                 return [float(n) for n in re.findall(r"-?\d+\.?\d*", content)]
 
-        boxes = [n for content in re.findall(r"\\boxed{(.*?)}", completion) for n in numbers(content)[:1]]
+        found = re.findall(r"\\boxed{([^}\n]*)(}?)", completion)
+        boxes = [n for content, end in found if end for n in numbers(content)[:1]]
         found = (boxes or numbers(first_answer(completion) or "")[-1:] or [None])[0]
         return verdict(found is not None and found == gold, None if found is None else str(found))
 
 class Math500(Task):
     """Competition problems with a boxed answer; generated stand-ins where no data set is given."""
 
-    name, official_name, hub = "math500", "math", "ankner/math-500"
+    name, official_name, hub, hub_test = "math500", "math", "ankner/math-500", "HuggingFaceH4/MATH-500"
     system, asks = SYSTEM + "\nPut the final answer in \\boxed{} inside the answer block.", "{problem}"
 
     def generate(self, rng):
@@ -1133,9 +1193,8 @@ class Math500(Task):
         return {"correctness": 2.0 * right, "boxed_and_answer_tags": 0.5 * tagged + (0.5 if boxed else 0.25)}
 
     def grade(self, completion, example):
-        found, gold = last_boxed(last_answer(completion) or "") or last_boxed(completion), example["answer"]
-        same_number = None is not parse_number(found) == parse_number(gold)
-        return verdict(found is not None and (same_number or equal_latex(found, gold)), found)
+        found = last_boxed(last_answer(completion) or "") or last_boxed(completion)
+        return verdict(found is not None and same_mathematics(found.strip(), example["answer"]), found)
 
     def official_grade(self, completion, example, gold):
         """Last box, else the first <answer>, compared by `equal_latex`."""
@@ -1149,7 +1208,7 @@ class Countdown(Task):
     system = SYSTEM + ("\nUse each given number exactly once, with + - * / and brackets, to reach the target. "
                        "Answer with the expression alone.")
     asks, stems = "Numbers: {numbers}\nTarget: {target}", ("Numbers: [", "]\nTarget: ")
-    careful = 0.35
+    careful, tests = 0.35, 256
 
     def generate(self, rng):
         while True:
@@ -1169,6 +1228,11 @@ class Countdown(Task):
             return {"numbers": [int(n) for n in row["input"].split(",")], "target": int(row["output"])}
         return {"numbers": [int(n) for n in row.get("nums") or row["numbers"]], "target": int(row["target"])}
 
+    def examples(self, split, n=None, seed=0, data=None):
+        """As of any task; of the public data set, only the problems with three numbers, as the paper."""
+        problems = super().examples(split, None if data else n, seed, data)
+        return [e for e in problems if data != self.hub or len(e["numbers"]) == 3][:n]
+
     def of_record(self, record):
         return dict(zip(("numbers", "target"), record["ground_truth"], strict=True))
 
@@ -1187,9 +1251,9 @@ class Countdown(Task):
     def rewards(self, completion, example, official=False):
         if not official:
             return {"countdown": {True: 1.0, False: 0.1, None: 0.0}[reaches(last_answer(completion), example)]}
-        answers = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
-        right = bool(answers) and reaches(answers[-1].strip(), example, official)
-        return {"countdown": 1.0 if right else 0.1 if answers else 0.0}
+        found = answers(completion)
+        right = bool(found) and reaches(found[-1].strip(), example, official)
+        return {"countdown": 1.0 if right else 0.1 if found else 0.0}
 
     def grade(self, completion, example):
         found = last_answer(completion)
@@ -1200,7 +1264,7 @@ class Countdown(Task):
         """Last box, else the first <answer>, else all of it; the left side of an equation."""
         found = next(s for s in (official_boxed(completion), first_answer(completion), completion) if s is not None)
         found = found.replace("\\div", "/").replace("\\times", "*").replace("\\cdot", "*")
-        if equation := re.search(r"([0-9+\-*/() ]+)=[0-9. ]+", found):
+        if equation := re.search(r"(?<![0-9+\-*/() ])([0-9+\-*/() ]++)=[0-9. ]+", found):
             found = equation[1].strip()
         return verdict(reaches(found, example, official=True) is True, found)
 
@@ -1219,7 +1283,7 @@ class Sudoku(Task):
     system = SYSTEM + ("\nFill the 4x4 grid, 0 = empty, so that rows, columns and 2x2 boxes hold 1 to 4 once. "
                        "Answer with the 16 digits.")
     asks, stems = "Solve the following Sudoku puzzle: {puzzle}", ("Solve the following Sudoku puzzle: ",)
-    overlap = "have a solution grid that is"
+    overlap, score = "have a solution grid that is", "cells"
 
     def generate(self, rng):
         while True:
@@ -1257,8 +1321,8 @@ class Sudoku(Task):
         return sum(digits.ljust(16, "0")[i] == example["solution"][i] for i in empty) / max(len(empty), 1)
 
     def rewards(self, completion, example, official=False):
-        answers = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
-        return {"sudoku": self.cells("".join(c for c in "".join(answers[-1:]) if c.isdigit()), example)}
+        digits = filter(str.isdigit, "".join(answers(completion)[-1:]))
+        return {"sudoku": self.cells("".join(itertools.islice(digits, 16)), example)}
 
     def grade(self, completion, example):
         found = last_answer(completion)
@@ -1267,12 +1331,78 @@ class Sudoku(Task):
 
     def official_grade(self, completion, example, gold):
         """Share of empty cells right in what the first of five patterns finds."""
-        patterns = (r"<answer>.*?```\s*([\d\s]+)```", r"<answer>(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|</answer>)",
-                    r"</answer>\s*(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|$)", r"(\d{16})\s*</answer>", r"\b(\d{16})\b")
-        matches = (re.search(p, completion, re.DOTALL) for p in patterns)
+        inside, after = completion.partition("<answer>")[2], completion.partition("</answer>")[2]
+        end = r"(?s)(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|{})"
+        matches = (re.search(r"```([\d\s]++)```", inside), re.match(end.format("</answer>"), inside),
+                   re.match(end.format("$"), after), re.search(r"(\d{16})\s*</answer>", completion),
+                   re.search(r"\b(\d{16})\b", completion))
         found = next((m[1].strip() for m in matches if m and m[1].strip()), "")
         score = self.cells("".join(found.split()), example)
         return Grade(score == 1, score, found or None)
+
+class Custom(Task):
+    """A problem of one's own: rows with a column "prompt", paid by a function with TRL's reward signature.
+
+    reward: "FILE.py:FUNCTION", called as function(prompts=, completions=, **other columns), a list each; it returns
+    a number a completion, 1 or more for a right one. A prompt is a text, or a chat as a list of messages.
+    """
+
+    name = official_name = "custom"
+    score = "mean_reward"
+
+    def __init__(self, reward: str, pay_errors_zero: bool = False):
+        path, _, name = reward.rpartition(":")
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path) if Path(path).is_file() else None
+        if spec is None or spec.loader is None:
+            raise UserError(f"--reward {reward}: no such file; give FILE.py:FUNCTION")
+        module = importlib.util.module_from_spec(spec)
+        with refusing(f"--reward {reward}"):
+            spec.loader.exec_module(module)
+            self.function = getattr(module, name)
+        self.reward, self.pay_errors_zero, self.failed = reward, pay_errors_zero, 0
+
+    def question(self, example):
+        return str(example["prompt"])
+
+    def messages(self, example, system=None):
+        prompt = example["prompt"]
+        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+    def parse(self, row):
+        chat = row["prompt"]
+        if not (isinstance(chat, str) or (chat and all({"role", "content"} <= set(m) for m in chat))):
+            raise ValueError("'prompt' must be a text or a list of messages")
+        return dict(row)
+
+    def demonstrate(self, example, rng, careful):
+        raise UserError("--task custom has no demonstrations for stage 1: give --sft_data, --skip_sft or a --model "
+                        "that has been through it, such as ckpt/sft")
+
+    def ground_truth(self, example):
+        return {k: v for k, v in example.items() if k != "prompt"}
+
+    def pay(self, texts, examples, official=False):
+        chats = [not isinstance(e["prompt"], str) for e in examples]
+        said = [[{"role": "assistant", "content": t}] if c else t for t, c in zip(texts, chats, strict=True)]
+        columns = {k: [e[k] for e in examples] for k in examples[0] if k != "prompt"}
+        try:
+            values = self.function(prompts=[e["prompt"] for e in examples], completions=said, **columns)
+            if len(values) != len(texts) or not all(math.isfinite(v) for v in values):
+                raise ValueError(f"{len(texts)} completions need as many finite numbers, not {str(values)[:80]}")
+        except Exception as e:  # whatever somebody's function may raise
+            line = traceback.extract_tb(e.__traceback__)[-1].lineno
+            if not self.pay_errors_zero:
+                raise UserError(f"--reward {self.reward}, line {line}: {type(e).__name__}: {e}; --reward_errors zero "
+                                "goes on and pays 0") from e
+            values, self.failed = [0.0] * len(texts), self.failed + 1
+        return [{"reward": float(v)} for v in values]
+
+    def rewards(self, completion, example, official=False):
+        return self.pay([completion], [example])[0]
+
+    def grade(self, completion, example):
+        value = self.rewards(completion, example)["reward"]
+        return Grade(value >= 1, value, completion)
 
 TASKS: dict[str, Task] = {t.name: t for t in (Gsm8k(), Math500(), Countdown(), Sudoku())}
 
@@ -1333,6 +1463,7 @@ class Stage:
         # `net` is the model as it is trained: with several processes, its backward averages the gradient over them
         self.net, self.optimizer = self.accel.prepare(model, optimizer)
         self.best = None  # (held-out score, step, weights): see DiffuGRPO
+        self.score, self.stale = math.nan, 0  # of the last held-out check; checks since the last better one
         self.span = 1  # steps from one place to resume at to the next
 
     @contextlib.contextmanager
@@ -1376,7 +1507,7 @@ class Stage:
         """Update until `total` steps are done; log each, save every `save_steps`."""
         screen.start(self.name, self.total, self.step)
         due = False
-        while self.step < self.total:
+        while self.step < self.total and not 0 < self.cfg.patience <= self.stale:
             began = time.perf_counter()
             metrics = self.update()
             self.step += 1
@@ -1599,6 +1730,8 @@ class DiffuGRPO(Stage):
             return {}
         # [D18] official picks its best checkpoint on the test set. here: on held-out training data.
         score = self.heldout(self.model)
+        self.score = score
+        self.stale = 0 if self.best is None or score > self.best[0] else self.stale + 1
         if self.best is None or score >= self.best[0]:
             self.best = (score, self.step, [p.detach().cpu().clone() for p in self.params])
         return {"heldout_accuracy": score}
@@ -1606,8 +1739,11 @@ class DiffuGRPO(Stage):
     @torch.no_grad()
     def restore_best(self, screen: Screen) -> None:
         """Load the weights that scored best on held-out problems."""
+        if self.step < self.total:
+            screen.say(f"stopped at step {self.step}: no better held-out accuracy in {self.stale} checks (--patience)")
         if self.best and self.best[1] != self.step:
-            screen.say(f"weights of step {self.best[1]} kept: best held-out accuracy, {100 * self.best[0]:.1f} %")
+            screen.say(f"weights of step {self.best[1]} kept: held-out accuracy {100 * self.best[0]:.1f} %, the best; "
+                       f"the last, of step {self.step}, had {100 * self.score:.1f} %")
             for p, best in zip(self.params, self.best[2], strict=True):
                 p.copy_(best)
 
@@ -1658,17 +1794,28 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     middle, half = p + z2 / 2, z * math.sqrt(p * (1 - p) / n + z2 / (4 * n))
     return max((middle - half) / (1 + z2), 0.0), min((middle + half) / (1 + z2), 1.0)
 
+def evaluation_prompts(tokenizer, task: Task, examples: Sequence[dict], cfg: Settings) -> tuple[list[list[int]], int]:
+    """Token ids of the questions, at most --max_prompt each, and how many were cut on the left for it."""
+    # [D13] official trains with a tags-only text and tests with another: an expert who boxes the answer, uncut, and
+    #       the reply begun with <reasoning>. here: one builder for SFT, RL and evaluation; "official" tests so too.
+    if cfg.preset == "official":
+        asked = [encode_prompt(tokenizer, task.messages(e, task.system.replace(SYSTEM, EXPERT))) for e in examples]
+        return [p + encode(tokenizer, "<reasoning>") for p in asked], 0
+    asked = [encode_prompt(tokenizer, task.messages(e)) for e in examples]
+    return [p[-cfg.max_prompt :] for p in asked], sum(len(p) > cfg.max_prompt for p in asked)
+
 @torch.no_grad()
 def generate(
-    model, tokenizer, task: Task, examples: Sequence[dict], cfg: Settings, gen_length: int, tick=None
-) -> Iterator[tuple[int, dict]]:
-    """Greedy replies to this process's share, length / 2 steps: yields (index, record in the official schema)."""
+    model, tokenizer, prompts: list[list[int]], cfg: Settings, gen_length: int, todo: Sequence[int] | None = None
+) -> Iterator[list[tuple[int, dict]]]:
+    """Greedy replies to this process's share of the prompts numbered `todo`, length / 2 steps, batch by batch.
+
+    Yields pairs (number, {"generations", "effective_tokens", "ended"}): text, tokens before the EOS, if it came.
+    """
     eval_mode(model)
-    check_positions(model, cfg.max_prompt + gen_length)
+    check_positions(model, max(map(len, prompts)) + gen_length)
     device = next(model.parameters()).device
-    encoded = [encode_prompt(tokenizer, task.messages(e)) for e in examples]
-    prompts = [p[-cfg.max_prompt :] for p in encoded]
-    order = sorted(range(len(examples)), key=lambda i: len(prompts[i]))  # equal lengths pad least
+    order = sorted(range(len(prompts)) if todo is None else todo, key=lambda i: len(prompts[i]))  # equals pad least
     order = order[processes().process_index :: processes().num_processes]
     for first in range(0, len(order), cfg.bs_eval):
         chosen = order[first : first + cfg.bs_eval]
@@ -1681,53 +1828,79 @@ def generate(
         completion = out[:, ids.shape[1] :]  # (B, C)
         ended = (completion == tokenizer.eos_token_id).any(1)  # (B,)
         effective = live_tokens(completion, tokenizer.eos_token_id).sum(1) - ended.long()  # (B,) before the EOS
-        texts = reply_texts(tokenizer, completion)
-        for i, text, n, end in zip(chosen, texts, effective.tolist(), ended.tolist(), strict=True):
-            asked = {"question": task.question(examples[i]), "prompt_input": tokenizer.decode(prompts[i])}
-            reply = {"generations": text, "ground_truth": task.ground_truth(examples[i])}
-            cut = len(encoded[i]) > cfg.max_prompt
-            yield i, {**asked, **reply, "effective_tokens": n, "ended": end, "prompt_cut": cut}
-        if tick:
-            tick(min(len(chosen) * processes().num_processes, len(examples)))
+        replies = zip(reply_texts(tokenizer, completion), effective.tolist(), ended.tolist(), strict=True)
+        yield [(i, dict(generations=text, effective_tokens=n, ended=end))
+               for i, (text, n, end) in zip(chosen, replies, strict=True)]
 
-def gather_generations(generations: Iterable[tuple[int, dict]]) -> list[dict]:
-    """The records of all processes, in the order of their examples."""
-    from accelerate.utils import gather_object
-
-    return [record for _, record in sorted(gather_object(list(generations)), key=lambda pair: pair[0])]
-
-def entry_of(task: Task, row: str, gen_length: int, records: list[dict], cfg: Settings) -> dict:
+def entry_of(task: Task, row: str, gen_length: int, records: list[dict], examples, cfg: Settings) -> dict:
     """An entry of eval.json: strict accuracy with its interval, the official score, and how replies look."""
-    grades = [grade_generation(task.name, r) for r in records]
-    official = [grade_generation(task.name, r, "official") for r in records]
+    grades = [task.grade(r["generations"], e) for r, e in zip(records, examples, strict=True)]
+    official = [task.official_grade(r["generations"], e, r["ground_truth"])
+                for r, e in zip(records, examples, strict=True)]
     n, hits = len(records), sum(g.correct for g in grades)
     low, high = wilson(hits, n)
-    entry = {
+    score = {name: sum(g.score for g in grades) / n for name in filter(None, [task.score])}
+    return {
         "task": task.name, "row": row, "gen_length": gen_length, "n": n, "accuracy": hits / n, "low": low, "high": high,
-        "official": sum(g.score for g in official) / n, "answered": sum(g.answer is not None for g in grades) / n,
+        **score, "official": sum(g.score for g in official) / n,
+        "answered": sum(g.answer is not None for g in grades) / n,
         "effective_tokens": sum(r["effective_tokens"] for r in records) / n,
-        "ended": sum(r["ended"] for r in records) / n, "prompts_cut": sum(r["prompt_cut"] for r in records),
+        "ended": sum(r["ended"] for r in records) / n,
         "model": cfg.model, "seed": cfg.seed, "limit": cfg.limit, "data": cfg.data,
     }
-    return entry | ({"cells": sum(g.score for g in grades) / n} if task.name == "sudoku" else {})
+
+def part_logs(path: Path) -> list[Path]:
+    """The replies that a running or stopped evaluation has written, one file a process."""
+    return [f for f in path.parent.iterdir() if f.name.startswith(f"{path.stem}.part")]
+
+def finished_replies(path: Path, stamp: str) -> dict[int, dict]:
+    """Replies to the same prompts by the same weights that an earlier evaluation left, whole or stopped, by number."""
+    whole, done = read_json(path), {}
+    if whole.get("stamp") == stamp:
+        done = dict(enumerate(whole["generations"]))
+    for log in part_logs(path):
+        lines = log.read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.endswith("]")]  # a kill can cut the last one short
+        done |= {i: reply for written_for, i, reply in rows if written_for == stamp}
+    return done
 
 def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, out: Path, screen: Screen) -> list[dict]:
-    """Accuracy of greedy decoding at every length; writes generations/*.json and merges into eval.json."""
-    entries = []
+    """Accuracy of greedy decoding at every length; writes generations/*.json and merges into eval.json.
+
+    Replies are kept as they come, so a stopped evaluation goes on where it was. Each process does its share.
+    """
+    prompts, cut = evaluation_prompts(tokenizer, task, examples, cfg)
+    if cut:
+        screen.say(f"{cut} of {len(prompts)} prompts are over --max_prompt {cfg.max_prompt}: cut on the left")
+    weights = [p.sum(dtype=torch.float32).item() for p in model.parameters()]
+    label, rank, entries = row + (f"_{Path(cfg.data).stem}" if cfg.data else ""), processes().process_index, []
     for length in cfg.lengths():
         began = time.perf_counter()
-        screen.start(f"eval {row} {length}", len(examples), 0)
-        replies = generate(model, tokenizer, task, examples, cfg, length, lambda n: screen.advance({}, n))
-        records = gather_generations(replies)
+        name = f"{task.official_name}_{label}_{length}_{length // 2}_0_generations"
+        path, log = out / "generations" / f"{name}.json", out / "generations" / f"{name}.part{rank}.jsonl"
+        stamp = hashlib.sha256(repr((weights, prompts, length, cfg.block_length)).encode()).hexdigest()[:16]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        done = finished_replies(path, stamp)
+        screen.start(f"eval {row} {length}", len(prompts), len(done))
+        with log.open("a", encoding="utf-8") as f:
+            todo = [i for i in range(len(prompts)) if i not in done]
+            for batch in generate(model, tokenizer, prompts, cfg, length, todo):
+                f.writelines(json.dumps([stamp, *reply]) + "\n" for reply in batch)
+                f.flush()
+                screen.advance({}, min(len(batch) * processes().num_processes, len(prompts)))
         screen.stop()
-        entries.append(entry_of(task, row, length, records, cfg))
-        if cut := entries[-1]["prompts_cut"]:
-            screen.say(f"{cut} of {len(records)} prompts are over --max_prompt {cfg.max_prompt}: cut on the left")
-        label = row + (f"_{Path(cfg.data).stem}" if cfg.data else "")
-        write_json(out / "generations" / f"{task.official_name}_{label}_{length}_{length // 2}_0_generations.json", {
+        processes().wait_for_everyone()
+        done = finished_replies(path, stamp)
+        records = [{"question": task.question(e), "prompt_input": tokenizer.decode(prompts[i]),
+                    **done[i], "ground_truth": task.ground_truth(e)} for i, e in enumerate(examples)]
+        write_json(path, {
             "generations": records, "model_path": cfg.model, "gen_length": length, "diffusion_steps": length // 2,
-            "block_length": cfg.block_length,
+            "block_length": cfg.block_length, "stamp": stamp,
             "metrics": {"wall_time": time.perf_counter() - began, "total_processed": len(records)}})
+        processes().wait_for_everyone()
+        for part in part_logs(path) if rank == 0 else ():
+            part.unlink()
+        entries.append(entry_of(task, row, length, records, examples, cfg) | {"prompts_cut": cut})
     path = out / "eval.json"
     earlier = json.loads(path.read_text()) if path.exists() else []
     merged = {(e["task"], e["row"], e["gen_length"], e["data"]): e for e in [*earlier, *entries]}
@@ -1764,7 +1937,7 @@ def save_trainer(stage: Stage) -> None:
     if not all(bool(torch.isfinite(w).all()) for w in weights):  # never overwrite a good checkpoint with a broken one
         raise NonFiniteLoss(f"{stage.name} step {stage.step}: the weights are no longer finite")
     state = dict(step=stage.step, weights=weights, optimizer=stage.optimizer.state_dict(), best=stage.best,
-                 settings=dataclasses.asdict(stage.cfg))
+                 stale=stage.stale, score=stage.score, settings=dataclasses.asdict(stage.cfg))
     write_whole(stage.out / "trainer" / f"{stage.name}.pt", lambda part: torch.save(state, part))
 
 def load_trainer(stage: Stage) -> bool:
@@ -1775,16 +1948,19 @@ def load_trainer(stage: Stage) -> bool:
         return False
     with refusing(f"{path} does not fit this run"), torch.no_grad():
         state = torch.load(path, map_location=stage.device, weights_only=True)
-        free = ("resume", "output_dir", "config", "threads", "debug", "skip_eval", "steps_rl")
-        now = dataclasses.asdict(stage.cfg)
-        if changed := [f"--{k} {v}" for k, v in state["settings"].items() if v != now[k] and k not in free]:
+        if changed := changed_settings(state["settings"], stage.cfg, "steps_rl"):
             raise ValueError(f"give the flags of the run that stopped: {', '.join(changed)}")
         for p, saved in zip(stage.params, state["weights"], strict=True):
             p.copy_(saved)
         stage.optimizer.load_state_dict(state["optimizer"])
-        stage.step, stage.best = state["step"], state["best"]
+        stage.step, stage.best, stage.stale, stage.score = (state[k] for k in ("step", "best", "stale", "score"))
     drop_later_metrics(log, stage.name, stage.step)
     return True
+
+def changed_settings(then: dict, now: Settings, *free: str) -> list[str]:
+    """Flags of a saved run that are not as now, but for those that cannot change its result and `free`."""
+    free += ("resume", "output_dir", "config", "threads", "debug", "skip_eval", "dry_run")
+    return [f"--{k} {v}" for k, v in then.items() if v != getattr(now, k, None) and k not in free]
 
 def drop_later_metrics(path: Path, name: str, step: int) -> None:
     """Remove what a stopped run logged after its last checkpoint, since those steps are made again."""
@@ -1921,13 +2097,16 @@ def results_table(screen: Screen, entries: list[dict], cfg: Settings) -> None:
         for length in lengths:
             e = cells.get((task, row, length))
             text = "-" if e is None else f"{100 * e['accuracy']:.1f} [{100 * e['low']:.0f}, {100 * e['high']:.0f}]"
-            if "llada" in cfg.model.lower() and length in (128, 256, 512):
+            if task in PAPER_TABLE1 and "llada" in cfg.model.lower() and length in (128, 256, 512):
                 text += f" (paper {PAPER_TABLE1[task][row].split()[(128, 256, 512).index(length)]})"
             line.append(text)
-        rows.append([*line, next(e["n"] for e in entries if (e["task"], e["row"]) == (task, row))])
-        if task == "sudoku":
-            shares = [cells.get((task, row, n), {}).get("cells") for n in lengths]
-            rows.append(["", "cells", *("-" if c is None else f"{100 * c:.1f}         " for c in shares), ""])
+        one = next(e for e in entries if (e["task"], e["row"]) == (task, row))
+        rows.append([*line, one["n"]])
+        for score, scale in (("cells", 100), ("mean_reward", 1)):
+            if score not in one:
+                continue
+            shares = [cells.get((task, row, n), {}).get(score) for n in lengths]
+            rows.append(["", score, *("-" if c is None else f"{scale * c:.1f}         " for c in shares), ""])
     title = "Accuracy, %: strict grading, greedy, 95 % Wilson interval"
     title += "; stand-in = generated problems, not the benchmark" if standin else ""
     screen.table(title, ["task", "row", *(f"length {n}" for n in lengths), "n"], rows)
@@ -2056,6 +2235,8 @@ def validate(cfg: Settings) -> None:
     for wrong, text in (
         (cfg.bs_rl % cfg.group, f"--bs_rl {cfg.bs_rl} must be a multiple of --group {cfg.group}"),
         (cfg.eval_only and cfg.task not in RL_TASKS, f"--eval_only needs a benchmark: --task {', '.join(RL_TASKS)}"),
+        ((cfg.task == "custom") != bool(cfg.reward), "--task custom and --reward FILE.py:FUNCTION go together"),
+        (cfg.task == "custom" and not cfg.data, "--task custom needs --data, rows with a column prompt"),
         (not cfg.task and cfg.model == "tiny", "--export without --task converts a checkpoint: give --model"),
         (cfg.task == "sft_only" and cfg.skip_sft, "--task sft_only and --skip_sft leave nothing to do"),
         (cfg.model == "tiny" and (cfg.use_lora or cfg.load_4bit),
@@ -2113,20 +2294,38 @@ def read_traces(cfg: Settings, tokenizer, screen: Screen) -> list[tuple[list[int
     return rows
 
 def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
-    """The problems of a split. A file to train on is split by a hash of each row; with --eval_only all is test."""
-    source = cfg.data or ("" if cfg.preset == "tiny" else task.hub)
+    """The problems of a split: generated; or of a file or hub set, split by a hash of each row if it has no "test"."""
+    source = cfg.data or ("" if cfg.preset == "tiny" else (task.hub_test if split == "test" else "") or task.hub)
     if not source:
         draws = -(-cfg.steps_rl // cfg.mu) * cfg.grad_accum * (cfg.bs_rl // cfg.group)
         sizes = {"train": max(min(draws, 20000), 1), "heldout": 128, "test": cfg.limit or 256}
         return task.examples(split, sizes[split], seed=cfg.seed if split == "train" else 0)
-    rows = task.examples(split, data=source)
-    local = Path(source).is_file()
-    if not cfg.eval_only and (local or split != "test"):  # a hub set has a test split of its own
-        parts = {"train": ("train",) if local else ("train", "test"), "heldout": ("heldout",), "test": ("test",)}
-        rows = [r for r in rows if split_of(json.dumps(r, sort_keys=True)) in parts[split]]
+    own_test = has_test_split(source)
+    rows = task.examples("test" if split == "test" and own_test else "train", data=source)
+    if not (split == "test" and (own_test or (cfg.eval_only and cfg.data))):
+        parts = {"train": ("train", "test") if own_test else ("train",)}.get(split, (split,))
+        rows = [r for r in rows if split_of(json.dumps(r, sort_keys=True, default=str)) in parts]
     if not rows:
         raise UserError(f"{source} has no problems for the {split} split")
-    return rows[: cfg.limit] if split == "test" and cfg.limit else rows
+    limit = split == "test" and (cfg.limit or (not cfg.data and task.tests))
+    return rows[:limit] if limit else rows
+
+def has_test_split(source: str) -> bool:
+    """Whether a data source is a hub set with a test split of its own."""
+    import datasets
+
+    if Path(source).is_file():
+        return False
+    with refusing(f"cannot read {source}; without a network give a local file"):
+        return "test" in datasets.get_dataset_split_names(*source.split(":"))
+
+def say_sizes(task: Task, splits: dict[str, list[dict]], screen: Screen) -> None:
+    """Print how many problems each split has, and how many are in two."""
+    keys = {name: {task.key(e) or json.dumps(e, sort_keys=True, default=str) for e in rows}
+            for name, rows in splits.items()}
+    sizes = ", ".join(f"{name} {len(rows):,} ({len(keys[name]):,} different)" for name, rows in splits.items())
+    shared = sum(len(keys[a] & keys[b]) for a, b in itertools.combinations(keys, 2))
+    screen.say(f"{task.name} problems: {sizes}; in two splits: {shared}")
 
 def prepare_folder(cfg: Settings, out: Path, screen: Screen) -> None:
     """Make the run's folder; an earlier run in it is moved aside, unless it is resumed or only evaluated."""
@@ -2159,15 +2358,18 @@ def row_name(stages: Sequence[str]) -> str:
 
 def run_benchmark(cfg: Settings, screen: Screen, out: Path, before: bool = True) -> list[dict]:
     """Stage 1 if needed, evaluation, stage 2, evaluation. Returns the entries of eval.json it made."""
-    task = TASKS[cfg.task]
+    from accelerate.utils import gather_object
+
+    task = Custom(cfg.reward, cfg.reward_errors == "zero") if cfg.task == "custom" else TASKS[cfg.task]
     model, tokenizer = open_model(cfg, screen)
+    splits = {s: problems_of(cfg, task, s) for s in (("test",) if cfg.eval_only else ("train", "heldout", "test"))}
     stages = list(read_json(Path(cfg.model, "d1_state.json")).get("stages", []))
-    test = problems_of(cfg, task, "test")
-    train, heldout = (test, test) if cfg.eval_only else (problems_of(cfg, task, s) for s in ("train", "heldout"))
     teaches = "sft" not in stages and not cfg.skip_sft and not cfg.eval_only
     traces = sft_rows(cfg, tokenizer, [task], screen) if teaches else []
     prepare_folder(cfg, out, screen)
-    if cfg.data:
+    say_sizes(task, splits, screen)
+    test = splits["test"]
+    if cfg.data and task.name in TASKS:
         seen = sum(task.split(e) == "train" for e in test)
         screen.say(f"{cfg.data}: {len(test)} problems; {seen} of them {task.overlap} in the embedded training split")
     look = functools.partial(evaluate, model, tokenizer, task, test, cfg, out=out, screen=screen)
@@ -2178,17 +2380,18 @@ def run_benchmark(cfg: Settings, screen: Screen, out: Path, before: bool = True)
         stages = ["sft"]
     entries = look(row=row_name(stages)) if before and not cfg.skip_eval else []
     stages = [s for s in stages if s != "diffu_grpo"] + ["diffu_grpo"]
-    heldout = heldout[: cfg.limit or 128]
+    heldout = splits["heldout"][: cfg.limit or 128]
+    asked = evaluation_prompts(tokenizer, task, heldout, cfg)[0]
 
     def check(model) -> float:
-        records = gather_generations(generate(model, tokenizer, task, heldout, cfg, cfg.gen_length))
-        return sum(grade_generation(task.name, r).correct for r in records) / len(heldout)
+        replies = gather_object([r for batch in generate(model, tokenizer, asked, cfg, cfg.gen_length) for r in batch])
+        grades = [task.grade(reply["generations"], heldout[i]) for i, reply in replies]
+        return sum(g.score if task.name == "custom" else g.correct for g in grades) / len(grades)
 
-    def reward(texts, examples):
-        return [task.rewards(t, e, cfg.preset == "official") for t, e in zip(texts, examples, strict=True)]
-
-    stage = DiffuGRPO(model, tokenizer, train, task.messages, reward, cfg, out, check)
-    run_stage(stage, stages, cfg, screen)
+    pay = functools.partial(task.pay, official=cfg.preset == "official")
+    run_stage(DiffuGRPO(model, tokenizer, splits["train"], task.messages, pay, cfg, out, check), stages, cfg, screen)
+    if getattr(task, "failed", 0):
+        screen.say(f"{task.failed} calls of --reward {cfg.reward} failed; their completions were paid 0")
     return entries + ([] if cfg.skip_eval else look(row=row_name(stages)))
 
 def open_model(cfg: Settings, screen: Screen):
@@ -2236,42 +2439,34 @@ def evaluate_tasks(cfg: Settings, model, tokenizer, row: str, screen: Screen, ou
 
 def run_table1(cfg: Settings, screen: Screen, out: Path, given: dict) -> list[dict]:
     """The paper's Table 1 on the model given: base, +SFT, +diffu-GRPO, d1. Finished parts are not redone."""
-    out.mkdir(parents=True, exist_ok=True)
-    wanted = {(t, n) for t in TASKS for n in cfg.lengths()}
+    sft, entries = out.parent / "sft", []  # where --task sft_only leaves it
 
-    def part(name: str, folder: Path, make: Callable[[], list[dict]]) -> list[dict]:
-        done = json.loads(path.read_text()) if (path := folder / "eval.json").exists() else []
-        limits = (cfg.limit,) if "limit" in given else (0, 256)  # else the presets' own
-        models = (cfg.model, str(sft)) if name == "sft" else (str(sft),) if name == "d1" else (cfg.model,)
-        kept = [e for e in done if e.get("model") in models and e.get("limit") in limits and e.get("seed") == cfg.seed
-                and (e["row"], e["data"]) == (name, cfg.data) and e["gen_length"] in cfg.lengths()]
-        missing = wanted if name in ("base", "sft") else {w for w in wanted if w[0] == folder.name.split("_")[0]}
-        if missing <= {(e["task"], e["gen_length"]) for e in kept}:
-            screen.say(f"{folder}: already done, taken as it is")
-            return kept
+    def part(task: str, row: str, folder: Path, model: str, train: Callable) -> None:
+        """Train, unless `folder` holds the checkpoint of a run with these settings; keep the row's entries."""
         screen.say(f"--- table1: {folder}")
-        return [e for e in make() if e["row"] == name]
+        changes = {"task": task, "model": model, "skip_sft": task in TASKS, "skip_eval": False, "preset": cfg.preset}
+        changes["resume"] = cfg.resume and (folder / "trainer").exists()
+        own = settle(given | {k: (v, "table1") for k, v in changes.items()})[0]
+        state = read_json(folder / "d1_state.json").get("settings")
+        if state and not changed_settings(state, own):
+            screen.say("trained already")
+            own = dataclasses.replace(own, model=str(folder), eval_only=True)
+            made = (run_benchmark if task in TASKS else look)(own, screen, folder)
+        else:
+            made = train(own, screen, folder)
+        entries.extend(e for e in made if e["row"] == row)
 
-    def sub(task: str, folder: Path, **changes) -> Settings:
-        changes |= {"task": task, "resume": cfg.resume and (folder / "trainer").exists()}
-        return settle(given | {k: (v, "table1") for k, v in changes.items()})[0]
+    def look(cfg: Settings, screen: Screen, folder: Path) -> list[dict]:
+        row = "sft" if folder == sft else "base"
+        cfg = dataclasses.replace(cfg, eval_only=True)
+        return evaluate_tasks(cfg, *open_model(cfg, screen), row, screen, folder)
 
-    def look(row: str, folder: Path, cfg: Settings) -> list[dict]:
-        folder.mkdir(exist_ok=True)
-        return evaluate_tasks(cfg, *open_model(dataclasses.replace(cfg, eval_only=True), screen), row, screen, folder)
-
-    def teach() -> list[dict]:
-        state = read_json(sft / "d1_state.json")
-        if state and (state["origin"], state["settings"]["seed"]) == (cfg.model, cfg.seed):  # trained, not evaluated
-            return look("sft", sft, dataclasses.replace(cfg, model=str(sft)))
-        return run_sft_only(sub("sft_only", sft, skip_eval=False), screen, sft)
-
-    sft = out.parent / "sft"  # where --task sft_only leaves it
-    entries = part("base", out / "base", lambda: look("base", out / "base", cfg)) + part("sft", sft, teach)
+    part("table1", "base", out / "base", cfg.model, look)
+    part("sft_only", "sft", sft, cfg.model, run_sft_only)
     for task in TASKS:
-        for row, model in (("diffu_grpo", cfg.model), ("d1", str(sft))):
-            rl = sub(task, folder := out / f"{task}_{row}", model=model, skip_sft=True, preset=cfg.preset)
-            entries += part(row, folder, lambda rl=rl, folder=folder: run_benchmark(rl, screen, folder, before=False))
+        train = functools.partial(run_benchmark, before=False)
+        part(task, "diffu_grpo", out / f"{task}_diffu_grpo", cfg.model, train)
+        part(task, "d1", out / f"{task}_d1", str(sft), train)
     write_json(out / "eval.json", entries)
     return sorted(entries, key=lambda e: (list(TASKS).index(e["task"]), list(ROW_TITLES).index(e["row"])))
 

@@ -100,15 +100,16 @@ def test_resume_continues_and_a_second_run_moves_the_first_aside(tmp_path, capsy
     assert (tmp_path / "math500.old1" / "model.safetensors").exists()
 
 
-def test_table1(tmp_path, capsys):
+def test_table1(tmp_path, capsys, monkeypatch):
     assert run("--task", "table1", "--eval_lengths", 32, out=tmp_path) == 0
     rows = json.loads((tmp_path / "table1" / "eval.json").read_text())
     assert {(e["task"], e["row"]) for e in rows} == {(t, r) for t in d1.TASKS for r in d1.ROW_TITLES}
     assert all(e["low"] <= e["accuracy"] <= e["high"] and e["n"] == 4 for e in rows)
     shown = capsys.readouterr().out
     assert "+diffu-GRPO" in shown and "gsm8k (stand-in)" in shown and "paper" not in shown
-    assert run("--task", "table1", "--eval_lengths", 32, out=tmp_path) == 0  # finished parts are not redone
-    assert capsys.readouterr().out.count("already done") == 10
+    monkeypatch.setattr(d1, "diffuse_decode", None)  # finished parts are not redone, nor their replies
+    assert run("--task", "table1", "--eval_lengths", 32, out=tmp_path) == 0
+    assert capsys.readouterr().out.count("trained already") == 9
 
 
 def test_a_non_finite_loss_ends_with_status_1(tmp_path, capsys):
@@ -177,7 +178,7 @@ def test_presets_hold_the_papers_values(tmp_path):
     assert (official.mu, official.norm) == (8, "token")
 
 
-@pytest.mark.parametrize("task", d1.TASK_CHOICES)
+@pytest.mark.parametrize("task", [t for t in d1.TASK_CHOICES if t != "custom"])
 def test_dry_run_tells_settings_and_cost_and_writes_nothing(task, tmp_path, capsys):
     assert d1.main(["--task", task, "--dry_run", "--output_dir", str(tmp_path / "o")]) == 0
     out = capsys.readouterr().out
@@ -240,7 +241,7 @@ def test_a_csv_from_a_spreadsheet_and_answers_that_are_no_numbers(tmp_path, caps
     (tmp_path / "p.csv").write_text("\ufeffPuzzle,Solution\n0102200002100320,3142243142131324\n", encoding="utf-8")
     assert len(d1.TASKS["sudoku"].examples("test", data=str(tmp_path / "p.csv"))) == 1
     (tmp_path / "g.jsonl").write_text('{"question": "?", "answer": "#### abc"}\n')
-    with pytest.raises(d1.UserError, match="not a gsm8k problem"):
+    with pytest.raises(d1.UserError, match="row 1: no gsm8k problem"):
         d1.TASKS["gsm8k"].examples("test", data=str(tmp_path / "g.jsonl"))
 
 
@@ -266,7 +267,7 @@ def test_table1_takes_only_what_this_run_would_make(tmp_path, capsys):
     assert run(*small, out=tmp_path) == 0
     capsys.readouterr()
     assert run(*small, out=tmp_path) == 0
-    assert capsys.readouterr().out.count("already done") == 10
+    assert capsys.readouterr().out.count("trained already") == 9
     assert run(*small, "--seed", 5, out=tmp_path) == 0
     assert capsys.readouterr().out.count("already done") == 0
 

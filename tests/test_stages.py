@@ -152,9 +152,9 @@ def test_long_prompts_lose_their_beginning(tiny, quick, tmp_path):
     drawn = stage.draw(0)
     whole = d1.encode_prompt(stage.tokenizer, stage.ask(stage.examples[stage.problems(0)[0]]))
     assert drawn.prompt[0].tolist() == whole[-10:] and drawn.parts["prompts_cut"] == 1
-    task, examples = d1.TASKS["sudoku"], d1.TASKS["sudoku"].examples("test", 2)
-    _, record = next(d1.generate(stage.model, stage.tokenizer, task, examples, stage.cfg, 32))
-    assert record["prompt_cut"] and record["prompt_input"].endswith("<|eot|><|assistant|>")
+    asked = d1.evaluation_prompts(stage.tokenizer, d1.TASKS["sudoku"], stage.examples[:3], stage.cfg)
+    assert asked[1] == 3 and [len(p) for p in asked[0]] == [10] * 3
+    assert stage.tokenizer.decode(asked[0][0]).endswith("<|eot|><|assistant|>")
 
 
 def test_lora_adapts_every_linear_layer_of_the_blocks_in_fp32(tiny):

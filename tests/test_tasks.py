@@ -126,7 +126,7 @@ def test_data_files_in_their_published_formats(tmp_path):
     for name, (file, text, want) in files.items():
         (tmp_path / file).write_text(text + "\n")
         assert d1.TASKS[name].examples("test", data=str(tmp_path / file)) == [want]
-    with pytest.raises(d1.UserError, match="not a sudoku problem"):
+    with pytest.raises(d1.UserError, match="row 1: no column 'puzzle'; it has x"):
         (tmp_path / "b.jsonl").write_text('{"x": 1}\n')
         d1.TASKS["sudoku"].examples("test", data=str(tmp_path / "b.jsonl"))
     for missing in ("no.csv", "no.jsonl", "folder"):
