@@ -2045,37 +2045,33 @@ class Screen:
         self.bar = None
 
     def say(self, text: str) -> None:
-        (self.bar.console if self.bar else self.console).print(text, markup=False)
+        self.console.print(text, markup=False)
 
     def start(self, name: str, total: int, done: int) -> None:
-        self.name, self.total, self.done, self.began, self.said = name, total, done, time.monotonic(), time.monotonic()
-        self.first, self.shown = done, {}
-        if self.live:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn()
-            note = TextColumn("{task.fields[note]}")
-            self.bar = Progress(*columns, note, console=self.console, transient=name.startswith("eval"))
-            self.handle = self.bar.add_task(name, total=total, completed=done, note="")
-            self.bar.start()
+        columns = TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn()
+        self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console, disable=not self.live,
+                            transient=name.startswith("eval"))  # off a terminal it only counts
+        self.bar.add_task(name, total=total, completed=done, note="")
+        self.first, self.said, self.shown = done, time.monotonic(), {}
+        self.bar.start()
 
     def advance(self, metrics: dict, n: int = 1) -> None:
         """Count n more, and show the loss, or the reward and KL, and the last held-out figure."""
-        self.done += n
         self.shown |= metrics
         names = ("reward", "kl", "heldout_accuracy") if "reward" in self.shown else ("loss", "heldout_loss")
         note = "  ".join(f"{k.removesuffix('_accuracy')} {self.shown[k]:.3f}" for k in names if k in self.shown)
-        if self.bar:
-            self.bar.update(self.handle, advance=n, note=note)
-        elif time.monotonic() - self.said > 15:
+        task = self.bar.tasks[0]
+        self.bar.update(task.id, advance=n, note=note)
+        if not self.live and time.monotonic() - self.said > 15:
             self.said = time.monotonic()
-            left = (self.said - self.began) / max(self.done - self.first, 1) * (self.total - self.done)
-            self.say(f"{self.name} {self.done}/{self.total}  {note}  {left:.0f} s left")
+            left = task.elapsed / max(task.completed - self.first, 1) * (task.total - task.completed)
+            self.say(f"{task.description} {task.completed}/{task.total}  {note}  {left:.0f} s left")
 
     def stop(self) -> None:
         if self.bar:
             self.bar.stop()
-            self.bar = None
 
     def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table; columns after the first are right-aligned."""
@@ -2093,50 +2089,43 @@ def results_table(screen: Screen, entries: list[dict], cfg: Settings) -> None:
     standin = {"gsm8k", "math500"} & {e["task"] for e in entries if cfg.preset == "tiny" and not e["data"]}
     cells, rows = {(e["task"], e["row"], e["gen_length"]): e for e in entries}, []
     for task, row in dict.fromkeys((e["task"], e["row"]) for e in entries):
-        line = [task + " (stand-in)" * (task in standin), ROW_TITLES[row]]
-        for length in lengths:
-            e = cells.get((task, row, length))
-            text = "-" if e is None else f"{100 * e['accuracy']:.1f} [{100 * e['low']:.0f}, {100 * e['high']:.0f}]"
-            if task in PAPER_TABLE1 and "llada" in cfg.model.lower() and length in (128, 256, 512):
-                text += f" (paper {PAPER_TABLE1[task][row].split()[(128, 256, 512).index(length)]})"
-            line.append(text)
-        one = next(e for e in entries if (e["task"], e["row"]) == (task, row))
-        rows.append([*line, one["n"]])
+        made = {n: cells.get((task, row, n), {}) for n in lengths}
+        texts = {n: f"{100 * e['accuracy']:.1f} [{100 * e['low']:.0f}, {100 * e['high']:.0f}]" if e else "-"
+                 for n, e in made.items()}
+        if task in PAPER_TABLE1 and "llada" in cfg.model.lower():
+            paper = zip((128, 256, 512), PAPER_TABLE1[task][row].split(), strict=True)
+            texts |= {n: f"{texts[n]} (paper {figure})" for n, figure in paper if n in texts}
+        one = next(e for e in made.values() if e)
+        rows.append([task + " (stand-in)" * (task in standin), ROW_TITLES[row], *texts.values(), one["n"]])
         for score, scale in (("cells", 100), ("mean_reward", 1)):
-            if score not in one:
-                continue
-            shares = [cells.get((task, row, n), {}).get(score) for n in lengths]
-            rows.append(["", score, *("-" if c is None else f"{scale * c:.1f}         " for c in shares), ""])
+            if score in one:
+                shares = (f"{scale * e[score]:.1f}         " if score in e else "-" for e in made.values())
+                rows.append(["", score, *shares, ""])
     title = "Accuracy, %: strict grading, greedy, 95 % Wilson interval"
     title += "; stand-in = generated problems, not the benchmark" if standin else ""
     screen.table(title, ["task", "row", *(f"length {n}" for n in lengths), "n"], rows)
 
 def plot_curves(out: Path) -> None:
     """curves.png from metrics.jsonl: SFT loss, RL reward, KL, and held-out accuracy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # without pyplot no window is opened and nothing global is set
 
     log = out / "metrics.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    wanted = {("sft", "loss"): "SFT loss, nats a token", ("diffu_grpo", "reward"): "mean reward",
-              ("diffu_grpo", "kl"): "KL to start of stage 2", ("diffu_grpo", "heldout_accuracy"): "held-out accuracy"}
-    panels = [(title, stage, [(r["step"], r[name]) for r in rows if r["stage"] == stage and name in r])
-              for (stage, name), title in wanted.items()]
-    panels = [p for p in panels if p[2]]
+    panels = []
+    for stage, name, title in (("sft", "loss", "SFT loss, nats a token"), ("diffu_grpo", "reward", "mean reward"),
+                               ("diffu_grpo", "kl", "KL to start of stage 2"),
+                               ("diffu_grpo", "heldout_accuracy", "held-out accuracy")):
+        if points := [(r["step"], r[name]) for r in rows if r["stage"] == stage and name in r]:
+            panels.append((title, stage, *zip(*points, strict=True)))
     if not panels:
         return
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False)
-    for axis, (title, stage, points) in zip(axes[0], panels, strict=True):
-        x, y = zip(*points, strict=True)
+    figure = Figure(figsize=(4 * len(panels), 3), layout="tight")
+    for axis, (title, stage, x, y) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         windows = [y[max(0, i - len(y) // 50) : i + 1] for i in range(len(y))]  # a running mean over 2 % of the run
         axis.plot(x, y, alpha=0.25)
         axis.plot(x, [sum(w) / len(w) for w in windows], color="C0", marker="." if len(x) < 20 else None)
         axis.set(title=title, xlabel=f"{stage} update", yscale="log" if min(y) > 0 and stage == "sft" else "linear")
-    figure.tight_layout()
     write_whole(out / "curves.png", lambda part: figure.savefig(part, format="png", dpi=120))
-    plt.close(figure)
 
 
 # %% 16. Main — settings, launch, dry run
