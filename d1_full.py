@@ -502,38 +502,29 @@ def diffuse_decode(model, prompt: Tensor, *, mask_id: int, **options) -> Tensor:
 # %% 8. Models — LLaDA as a bidirectional Llama, Dream, masked LMs, any causal model; no remote code
 ALIASES = {"llada/llada-8b-instruct": "GSAI-ML/LLaDA-8B-Instruct"}
 MASK_IDS = {"llada": 126336, "Dream": 151666}  # where neither config nor tokenizer names it
-LLADA_8B = dict(  # config.json of LLaDA-8B-Instruct
-    model_type="llada", architectures=["LLaDAModelLM"], auto_map={"AutoConfig": "configuration_llada.LLaDAConfig",
-    "AutoModel": "modeling_llada.LLaDAModelLM", "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM"}, d_model=4096,
-    n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288, mlp_ratio=4, vocab_size=126464,
-    embedding_size=126464, max_sequence_length=4096, rope=True, rope_full_precision=True, rope_theta=500000.0,
+LLADA_8B = dict(  # config.json of LLaDA-8B-Instruct, but for what is the default of LLaDA's own code
+    model_type="llada", auto_map={"AutoConfig": "configuration_llada.LLaDAConfig",
+    "AutoModel": "modeling_llada.LLaDAModelLM", "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM"},
+    architectures=["LLaDAModelLM"], d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288,
+    vocab_size=126464, embedding_size=126464, max_sequence_length=4096, rope=True, rope_theta=500000.0,
     rms_norm_eps=1e-5, mask_token_id=126336, eos_token_id=126081, pad_token_id=126081, activation_type="silu",
-    block_type="llama", block_group_size=1, layer_norm_type="rms", layer_norm_with_affine=True, weight_tying=False,
-    attention_layer_norm=False, attention_layer_norm_with_affine=True, include_bias=False, include_qkv_bias=False,
-    bias_for_layer_norm=False, input_emb_norm=False, scale_logits=False, alibi=False, alibi_bias_max=8.0,
-    flash_attention=False, multi_query_attention=None, attention_dropout=0.0, embedding_dropout=0.0,
-    residual_dropout=0.0, init_device="meta", init_fn="mitchell", init_std=0.02, init_cutoff_factor=None,
-    precision="amp_bf16", use_cache=False)
-# Llama's module names -> LLaDA's, whose network is Llama's with full attention
-LLADA_NAMES = {"model.embed_tokens": "model.transformer.wte", "model.norm": "model.transformer.ln_f",
-               "lm_head": "model.transformer.ff_out"}
-LLADA_BLOCK = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ff_norm", "self_attn.q_proj": "q_proj",
-               "self_attn.k_proj": "k_proj", "self_attn.v_proj": "v_proj", "self_attn.o_proj": "attn_out",
-               "mlp.gate_proj": "ff_proj", "mlp.up_proj": "up_proj", "mlp.down_proj": "ff_out"}
-LLADA_KEYS = {rf"^{re.escape(theirs)}\.": f"{ours}." for ours, theirs in LLADA_NAMES.items()} | {
-    rf"^model\.transformer\.blocks\.(\d+)\.{theirs}\.": rf"model.layers.\1.{ours}."
-    for ours, theirs in LLADA_BLOCK.items()}
+    block_type="llama", layer_norm_type="rms", bias_for_layer_norm=False, weight_tying=False, attention_dropout=0.0,
+    embedding_dropout=0.0, residual_dropout=0.0, init_device="meta", init_fn="mitchell", precision="amp_bf16")
+LLADA_NAMES = {  # LLaDA's names of weights -> those of Llama, whose network it is; one replacement after the other
+    "model.transformer.wte": "model.embed_tokens", "model.transformer.ln_f": "model.norm",
+    "model.transformer.ff_out": "lm_head", "model.transformer.blocks": "model.layers", "attn_norm": "input_layernorm",
+    "ff_norm": "post_attention_layernorm", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj", "attn_out": "self_attn.o_proj", "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj"}
 
 @contextlib.contextmanager
 def refusing(what: str):
     """Turn a library's complaint about a file into a UserError: `what`, then its words."""
-    from safetensors import SafetensorError
-    from yaml import YAMLError
-
     try:
         yield
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, ImportError, UserWarning,
-            StopIteration, csv.Error, SafetensorError, YAMLError) as e:
+    except UserError:
+        raise
+    except Exception as e:  # libraries raise what they like
         raise UserError(f"{what}: {' '.join(str(e).split())[:300]} ({type(e).__name__})") from e
 
 def network_of(source: str, raw: dict):
@@ -547,9 +538,8 @@ def network_of(source: str, raw: dict):
             intermediate_size=raw["mlp_hidden_size"], num_hidden_layers=raw["n_layers"],
             num_attention_heads=raw["n_heads"], num_key_value_heads=raw.get("n_kv_heads") or raw["n_heads"],
             rms_norm_eps=raw["rms_norm_eps"], max_position_embeddings=raw["max_sequence_length"],
-            rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]}, tie_word_embeddings=False,
-            eos_token_id=raw.get("eos_token_id"), pad_token_id=None, is_causal=False, rope_full_precision=True,
-        )
+            rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]},
+            eos_token_id=raw.get("eos_token_id"), is_causal=False, rope_full_precision=True)
     if kind == "Dream":  # Qwen2's network; its logits at k are for token k + 1
         own = {k: v for k, v in raw.items() if k not in ("model_type", "architectures", "auto_map")}
         return transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**own, is_causal=False, shift_logits=True)
@@ -567,9 +557,8 @@ def tiny_model(tokenizer, seed: int = 0):
 
     config = LlamaConfig(
         hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, vocab_size=len(tokenizer),
-        max_position_embeddings=2048, tie_word_embeddings=False, is_causal=False, use_cache=False,
-        mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-        pad_token_id=None)  # the pad is EOS, which is trained
+        is_causal=False, use_cache=False, mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None)  # nor a pad_token_id: the pad is EOS, which is trained
     with torch.random.fork_rng(devices=[]):  # transformers initialises from the global stream
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
@@ -577,14 +566,11 @@ def tiny_model(tokenizer, seed: int = 0):
 def block_linears(model) -> dict[str, torch.nn.Linear]:
     """Every linear layer but the output head, by name: what LoRA adapts and what 4-bit loading packs."""
     head = model.get_output_embeddings()
-    found = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
-    return {n.removesuffix(".base_layer"): m for n, m in found.items() if "lora_" not in n}
+    return {n.removesuffix(".base_layer"): m for n, m in model.named_modules()
+            if isinstance(m, torch.nn.Linear) and m is not head and "lora_" not in n}
 
 def adapt_with_lora(model, r: int, alpha: int, dropout: float = 0.0, targets: str = "all", *, seed: int = 0):
-    """Train LoRA, random from `seed`, on the model's linear layers, stacked on the adapter that it may have.
-
-    targets: "all", or layer names with commas. Raises UserError for a name that no layer has.
-    """
+    """Train LoRA, random from `seed`, on linear layers (--lora_targets), stacked on the adapter that may be there."""
     from peft import LoraConfig, get_peft_model
 
     # [D7] official lists Llama's names, of which LLaDA has only some: q, k, v, up are adapted and the
@@ -649,37 +635,35 @@ def load_weights(base: str, raw: dict, dtype, load_4bit: bool, attn: str, device
     """A checkpoint's network and weights, converted while loading. UserError if they do not fit each other."""
     import transformers
 
-    options: dict = dict(dtype=dtype or (torch.bfloat16 if device.type == "cuda" else "auto"))
+    packed = None if not load_4bit else transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16)
     if attn == "auto":
         attn = "flash_attention_2" if device.type == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"
-    if raw.get("model_type") == "llada":
-        options["key_mapping"] = LLADA_KEYS
-    if load_4bit:
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16)
     with refusing(f"cannot load {base}"):
         network, config = network_of(base, raw)
         config.use_cache = False  # else every forward copies its keys and values
-        if attn == "sdpa" and getattr(config, "rope_full_precision", False):
-            attn = "sdpa_after_fp32"
-            transformers.AttentionInterface.register(attn, sdpa_after_fp32)
-            transformers.AttentionMaskInterface.register(attn, transformers.masking_utils.sdpa_mask)
+        transformers.AttentionInterface.register("sdpa", sdpa_after_fp32)  # the same to all other models
         model, report = network.from_pretrained(
-            base, config=config, device_map={"": device}, attn_implementation=attn, ignore_mismatched_sizes=True,
-            output_loading_info=True, **options)
+            base, config=config, dtype=dtype or (torch.bfloat16 if device.type == "cuda" else "auto"),
+            device_map={"": device}, attn_implementation=attn, quantization_config=packed,
+            key_mapping=LLADA_NAMES if raw.get("model_type") == "llada" else None, ignore_mismatched_sizes=True,
+            output_loading_info=True)
     for module in model.modules():  # bitsandbytes' packed CPU kernel passes no gradient on
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if attn == "sdpa_after_fp32":
+    if attn == "sdpa" and getattr(config, "rope_full_precision", False):
         model.model.rotary_emb.register_forward_pre_hook(lambda module, args: (args[0].float(), *args[1:]))
-    other_heads = re.compile(r"pooler|seq_relationship|position_ids|inv_freq")  # or computed, not learned
     wrong = [f"{k} is missing" for k in sorted(report["missing_keys"])]
-    wrong += [f"{k} is unknown" for k in sorted(report["unexpected_keys"]) if not other_heads.search(k)]
+    wrong += [f"{k} is unknown" for k in sorted(report["unexpected_keys"])
+              if not re.search("pooler|seq_relationship", k)]  # other heads of BERT
     wrong += [f"{k} is {tuple(a)}, not {tuple(b)}" for k, a, b in sorted(report["mismatched_keys"])]
     if wrong:
-        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"the weights of {base} do not fit its config.json: {'; '.join(wrong[:3])}{more}")
+        raise UserError(f"{len(wrong)} weights of {base} do not fit its config.json: {'; '.join(wrong[:3])}")
+    ids = torch.tensor([[1] * 8, [1] * 7 + [2]], device=device)  # a model that fills in masks sees the last token
+    with torch.no_grad():
+        if torch.equal(*model.eval()(ids).logits[:, 0]):  # (V,) each: at the first one
+            raise UserError(f"{base}: {type(model).__name__} sees the left only, even with is_causal=False")
     return model
 
 def complete_tokens(model, tokenizer, raw: dict) -> None:
@@ -702,13 +686,6 @@ def complete_tokens(model, tokenizer, raw: dict) -> None:
                 layer.weight[rows:] = layer.weight[:rows].mean(0)
     model.get_input_embeddings().padding_idx = None  # else the row of the pad, often EOS, is frozen
     model.config.mask_token_id = tokenizer.mask_token_id
-
-@torch.no_grad()
-def check_bidirectional(model, name: str) -> None:
-    """UserError if the first position cannot see the last one: such a model cannot fill in masks."""
-    ids = torch.tensor([[1] * 8, [1] * 7 + [2]], device=model.device)
-    if torch.equal(*model.eval()(ids).logits[:, 0]):  # (V,) each
-        raise UserError(f"{name}: {type(model).__name__} sees the left only, even with is_causal=False")
 
 def check_positions(model, length: int) -> None:
     """UserError if `length` tokens are more than the learned positions of a model such as BERT."""
@@ -742,14 +719,13 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
     model = load_weights(base, raw, dtype, load_4bit, attn, device)
     plain = {"llada": transformers.PreTrainedTokenizerFast, "Dream": transformers.Qwen2Tokenizer}  # no code of theirs
     with refusing(f"cannot load the tokenizer of {name}"):
-        own = Path(name, "tokenizer_config.json").exists() or name == base
         reader = plain.get(raw.get("model_type"), transformers.AutoTokenizer)
-        tokenizer = reader.from_pretrained(name if own else base, trust_remote_code=False)
+        source = name if Path(name, "tokenizer_config.json").exists() else base
+        tokenizer = reader.from_pretrained(source, trust_remote_code=False)
     complete_tokens(model, tokenizer, raw)
     model.name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base  # what an adapter remembers
     if getattr(model.config, "shift_logits", False):
         model.register_forward_hook(shift_logits)
-    check_bidirectional(model, base)
     if name != base:
         from peft import PeftModel
 
@@ -780,36 +756,30 @@ WORDS = (
 
 def build_tokenizer():
     """The tiny model's tokenizer: bytes, and one token for each tag, phrase and instruction, for short prompts."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<|endoftext|>", "<|mask|>", "<|user|>", "<|assistant|>", "<|eot|>"]
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    phrases = [p for task in TASKS.values() for p in (task.system + "\n\n", *task.stems)]
-    core.add_special_tokens([AddedToken(s, normalized=False) for s in special])
-    core.add_tokens([AddedToken(w, normalized=False) for w in dict.fromkeys([*WORDS, *phrases])])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=special[0], pad_token=special[0], mask_token=special[1], chat_template=TEMPLATE
-    )
-
-def encode(tokenizer, text: str) -> list[int]:
-    """Token ids of a text that holds its special tokens already."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    core.add_special_tokens(["<|endoftext|>", "<|mask|>", "<|user|>", "<|assistant|>", "<|eot|>"])
+    core.add_tokens([*WORDS, *(p for task in TASKS.values() for p in (task.system + "\n\n", *task.stems))])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", pad_token="<|endoftext|>",
+                                   mask_token="<|mask|>", chat_template=TEMPLATE)
 
 def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
     """Token ids of a chat up to where the reply begins; the one prompt builder of all stages."""
-    return encode(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 @functools.cache
 def turn_end(tokenizer) -> list[int]:
     """The special token that the chat template sets after a reply (EOT), then EOS; EOS alone if they are one."""
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "§§"}]
-    after = encode(tokenizer, tokenizer.apply_chat_template(chat, tokenize=False).partition("§§")[2])[:1]
+    after = tokenizer.apply_chat_template(chat, tokenize=False).partition("§§")[2]
+    first = tokenizer.encode(after, add_special_tokens=False)[:1]
     special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-    return [i for i in after if i in special and i != tokenizer.eos_token_id] + [tokenizer.eos_token_id]
+    return [i for i in first if i in special and i != tokenizer.eos_token_id] + [tokenizer.eos_token_id]
 
 def encode_example(tokenizer, messages: list[dict], reply: str) -> tuple[list[int], int]:
     """Prompt + reply + end of turn as ids, and the prompt's length.
@@ -818,7 +788,7 @@ def encode_example(tokenizer, messages: list[dict], reply: str) -> tuple[list[in
     reply's first token untrained. Here the two parts are encoded apart, so the border is exact.
     """
     prompt = encode_prompt(tokenizer, messages)
-    return prompt + encode(tokenizer, reply) + turn_end(tokenizer), len(prompt)
+    return prompt + tokenizer.encode(reply, add_special_tokens=False) + turn_end(tokenizer), len(prompt)
 
 def pad_left(rows: list[list[int]], pad_id: int, device=None) -> tuple[Tensor, Tensor]:
     """Prompts as one batch: ids (B, P) and real (B, P) bool, False on the padding."""
@@ -2016,10 +1986,9 @@ def export_merged(model, tokenizer, out: Path, form: str) -> None:
 
 def llada_name(name: str) -> str:
     """A Llama weight's name in a LLaDA checkpoint."""
-    stem, _, end = name.rpartition(".")
-    if block := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem):
-        return f"model.transformer.blocks.{block[1]}.{LLADA_BLOCK[block[2]]}.{end}"
-    return f"{LLADA_NAMES[stem]}.{end}"
+    for theirs, ours in LLADA_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
 
 def run_state(cfg: Settings, stages: list[str], origin: str) -> dict:
     """What d1_state.json tells of a checkpoint: stages passed, settings, versions, commit, argv."""
