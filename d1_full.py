@@ -536,10 +536,10 @@ def network_of(source: str, raw: dict):
         return transformers.LlamaForCausalLM, transformers.LlamaConfig(
             vocab_size=raw.get("embedding_size") or raw["vocab_size"], hidden_size=raw["d_model"],
             intermediate_size=raw["mlp_hidden_size"], num_hidden_layers=raw["n_layers"],
-            num_attention_heads=raw["n_heads"], num_key_value_heads=raw.get("n_kv_heads") or raw["n_heads"],
-            rms_norm_eps=raw["rms_norm_eps"], max_position_embeddings=raw["max_sequence_length"],
-            rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]},
-            eos_token_id=raw.get("eos_token_id"), is_causal=False, rope_full_precision=True)
+            num_attention_heads=raw["n_heads"], num_key_value_heads=raw.get("n_kv_heads"),
+            max_position_embeddings=raw["max_sequence_length"], rms_norm_eps=raw["rms_norm_eps"],
+            rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]}, rope_full_precision=True,
+            eos_token_id=raw.get("eos_token_id"), is_causal=False)
     if kind == "Dream":  # Qwen2's network; its logits at k are for token k + 1
         own = {k: v for k, v in raw.items() if k not in ("model_type", "architectures", "auto_map")}
         return transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**own, is_causal=False, shift_logits=True)
@@ -649,9 +649,8 @@ def load_weights(base: str, raw: dict, dtype, load_4bit: bool, attn: str, device
             device_map={"": device}, attn_implementation=attn, quantization_config=packed,
             key_mapping=LLADA_NAMES if raw.get("model_type") == "llada" else None, ignore_mismatched_sizes=True,
             output_loading_info=True)
-    for module in model.modules():  # bitsandbytes' packed CPU kernel passes no gradient on
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    for linear in block_linears(model).values():  # bitsandbytes' packed CPU kernel passes no gradient on
+        linear.support_avx512bf16_for_cpu = False
     if attn == "sdpa" and getattr(config, "rope_full_precision", False):
         model.model.rotary_emb.register_forward_pre_hook(lambda module, args: (args[0].float(), *args[1:]))
     wrong = [f"{k} is missing" for k in sorted(report["missing_keys"])]
