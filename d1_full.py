@@ -1769,7 +1769,7 @@ def evaluation_prompts(tokenizer, task: Task, examples: Sequence[dict], cfg: Set
     #       the reply begun with <reasoning>. here: one builder for SFT, RL and evaluation; "official" tests so too.
     if cfg.preset == "official":
         asked = [encode_prompt(tokenizer, task.messages(e, task.system.replace(SYSTEM, EXPERT))) for e in examples]
-        return [p + encode(tokenizer, "<reasoning>") for p in asked], 0
+        return [p + tokenizer.encode("<reasoning>", add_special_tokens=False) for p in asked], 0
     asked = [encode_prompt(tokenizer, task.messages(e)) for e in examples]
     return [p[-cfg.max_prompt :] for p in asked], sum(len(p) > cfg.max_prompt for p in asked)
 
