@@ -502,38 +502,29 @@ def diffuse_decode(model, prompt: Tensor, *, mask_id: int, **options) -> Tensor:
 # %% 8. Models — LLaDA as a bidirectional Llama, Dream, masked LMs, any causal model; no remote code
 ALIASES = {"llada/llada-8b-instruct": "GSAI-ML/LLaDA-8B-Instruct"}
 MASK_IDS = {"llada": 126336, "Dream": 151666}  # where neither config nor tokenizer names it
-LLADA_8B = dict(  # config.json of LLaDA-8B-Instruct
-    model_type="llada", architectures=["LLaDAModelLM"], auto_map={"AutoConfig": "configuration_llada.LLaDAConfig",
-    "AutoModel": "modeling_llada.LLaDAModelLM", "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM"}, d_model=4096,
-    n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288, mlp_ratio=4, vocab_size=126464,
-    embedding_size=126464, max_sequence_length=4096, rope=True, rope_full_precision=True, rope_theta=500000.0,
+LLADA_8B = dict(  # config.json of LLaDA-8B-Instruct, but for what is the default of LLaDA's own code
+    model_type="llada", auto_map={"AutoConfig": "configuration_llada.LLaDAConfig",
+    "AutoModel": "modeling_llada.LLaDAModelLM", "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM"},
+    architectures=["LLaDAModelLM"], d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288,
+    vocab_size=126464, embedding_size=126464, max_sequence_length=4096, rope=True, rope_theta=500000.0,
     rms_norm_eps=1e-5, mask_token_id=126336, eos_token_id=126081, pad_token_id=126081, activation_type="silu",
-    block_type="llama", block_group_size=1, layer_norm_type="rms", layer_norm_with_affine=True, weight_tying=False,
-    attention_layer_norm=False, attention_layer_norm_with_affine=True, include_bias=False, include_qkv_bias=False,
-    bias_for_layer_norm=False, input_emb_norm=False, scale_logits=False, alibi=False, alibi_bias_max=8.0,
-    flash_attention=False, multi_query_attention=None, attention_dropout=0.0, embedding_dropout=0.0,
-    residual_dropout=0.0, init_device="meta", init_fn="mitchell", init_std=0.02, init_cutoff_factor=None,
-    precision="amp_bf16", use_cache=False)
-# Llama's module names -> LLaDA's, whose network is Llama's with full attention
-LLADA_NAMES = {"model.embed_tokens": "model.transformer.wte", "model.norm": "model.transformer.ln_f",
-               "lm_head": "model.transformer.ff_out"}
-LLADA_BLOCK = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ff_norm", "self_attn.q_proj": "q_proj",
-               "self_attn.k_proj": "k_proj", "self_attn.v_proj": "v_proj", "self_attn.o_proj": "attn_out",
-               "mlp.gate_proj": "ff_proj", "mlp.up_proj": "up_proj", "mlp.down_proj": "ff_out"}
-LLADA_KEYS = {rf"^{re.escape(theirs)}\.": f"{ours}." for ours, theirs in LLADA_NAMES.items()} | {
-    rf"^model\.transformer\.blocks\.(\d+)\.{theirs}\.": rf"model.layers.\1.{ours}."
-    for ours, theirs in LLADA_BLOCK.items()}
+    block_type="llama", layer_norm_type="rms", bias_for_layer_norm=False, weight_tying=False, attention_dropout=0.0,
+    embedding_dropout=0.0, residual_dropout=0.0, init_device="meta", init_fn="mitchell", precision="amp_bf16")
+LLADA_NAMES = {  # LLaDA's names of weights -> those of Llama, whose network it is; one replacement after the other
+    "model.transformer.wte": "model.embed_tokens", "model.transformer.ln_f": "model.norm",
+    "model.transformer.ff_out": "lm_head", "model.transformer.blocks": "model.layers", "attn_norm": "input_layernorm",
+    "ff_norm": "post_attention_layernorm", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj", "attn_out": "self_attn.o_proj", "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj"}
 
 @contextlib.contextmanager
 def refusing(what: str):
     """Turn a library's complaint about a file into a UserError: `what`, then its words."""
-    from safetensors import SafetensorError
-    from yaml import YAMLError
-
     try:
         yield
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, ImportError, UserWarning,
-            StopIteration, csv.Error, SafetensorError, YAMLError) as e:
+    except UserError:
+        raise
+    except Exception as e:  # libraries raise what they like
         raise UserError(f"{what}: {' '.join(str(e).split())[:300]} ({type(e).__name__})") from e
 
 def network_of(source: str, raw: dict):
@@ -545,11 +536,10 @@ def network_of(source: str, raw: dict):
         return transformers.LlamaForCausalLM, transformers.LlamaConfig(
             vocab_size=raw.get("embedding_size") or raw["vocab_size"], hidden_size=raw["d_model"],
             intermediate_size=raw["mlp_hidden_size"], num_hidden_layers=raw["n_layers"],
-            num_attention_heads=raw["n_heads"], num_key_value_heads=raw.get("n_kv_heads") or raw["n_heads"],
-            rms_norm_eps=raw["rms_norm_eps"], max_position_embeddings=raw["max_sequence_length"],
-            rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]}, tie_word_embeddings=False,
-            eos_token_id=raw.get("eos_token_id"), pad_token_id=None, is_causal=False, rope_full_precision=True,
-        )
+            num_attention_heads=raw["n_heads"], num_key_value_heads=raw.get("n_kv_heads"),
+            max_position_embeddings=raw["max_sequence_length"], rms_norm_eps=raw["rms_norm_eps"],
+            rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]}, rope_full_precision=True,
+            eos_token_id=raw.get("eos_token_id"), is_causal=False)
     if kind == "Dream":  # Qwen2's network; its logits at k are for token k + 1
         own = {k: v for k, v in raw.items() if k not in ("model_type", "architectures", "auto_map")}
         return transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**own, is_causal=False, shift_logits=True)
@@ -567,9 +557,8 @@ def tiny_model(tokenizer, seed: int = 0):
 
     config = LlamaConfig(
         hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, vocab_size=len(tokenizer),
-        max_position_embeddings=2048, tie_word_embeddings=False, is_causal=False, use_cache=False,
-        mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-        pad_token_id=None)  # the pad is EOS, which is trained
+        is_causal=False, use_cache=False, mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None)  # nor a pad_token_id: the pad is EOS, which is trained
     with torch.random.fork_rng(devices=[]):  # transformers initialises from the global stream
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
@@ -577,14 +566,11 @@ def tiny_model(tokenizer, seed: int = 0):
 def block_linears(model) -> dict[str, torch.nn.Linear]:
     """Every linear layer but the output head, by name: what LoRA adapts and what 4-bit loading packs."""
     head = model.get_output_embeddings()
-    found = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
-    return {n.removesuffix(".base_layer"): m for n, m in found.items() if "lora_" not in n}
+    return {n.removesuffix(".base_layer"): m for n, m in model.named_modules()
+            if isinstance(m, torch.nn.Linear) and m is not head and "lora_" not in n}
 
 def adapt_with_lora(model, r: int, alpha: int, dropout: float = 0.0, targets: str = "all", *, seed: int = 0):
-    """Train LoRA, random from `seed`, on the model's linear layers, stacked on the adapter that it may have.
-
-    targets: "all", or layer names with commas. Raises UserError for a name that no layer has.
-    """
+    """Train LoRA, random from `seed`, on linear layers (--lora_targets), stacked on the adapter that may be there."""
     from peft import LoraConfig, get_peft_model
 
     # [D7] official lists Llama's names, of which LLaDA has only some: q, k, v, up are adapted and the
@@ -649,37 +635,34 @@ def load_weights(base: str, raw: dict, dtype, load_4bit: bool, attn: str, device
     """A checkpoint's network and weights, converted while loading. UserError if they do not fit each other."""
     import transformers
 
-    options: dict = dict(dtype=dtype or (torch.bfloat16 if device.type == "cuda" else "auto"))
+    packed = None if not load_4bit else transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16)
     if attn == "auto":
         attn = "flash_attention_2" if device.type == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"
-    if raw.get("model_type") == "llada":
-        options["key_mapping"] = LLADA_KEYS
-    if load_4bit:
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16)
     with refusing(f"cannot load {base}"):
         network, config = network_of(base, raw)
         config.use_cache = False  # else every forward copies its keys and values
-        if attn == "sdpa" and getattr(config, "rope_full_precision", False):
-            attn = "sdpa_after_fp32"
-            transformers.AttentionInterface.register(attn, sdpa_after_fp32)
-            transformers.AttentionMaskInterface.register(attn, transformers.masking_utils.sdpa_mask)
+        transformers.AttentionInterface.register("sdpa", sdpa_after_fp32)  # the same to all other models
         model, report = network.from_pretrained(
-            base, config=config, device_map={"": device}, attn_implementation=attn, ignore_mismatched_sizes=True,
-            output_loading_info=True, **options)
-    for module in model.modules():  # bitsandbytes' packed CPU kernel passes no gradient on
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    if attn == "sdpa_after_fp32":
+            base, config=config, dtype=dtype or (torch.bfloat16 if device.type == "cuda" else "auto"),
+            device_map={"": device}, attn_implementation=attn, quantization_config=packed,
+            key_mapping=LLADA_NAMES if raw.get("model_type") == "llada" else None, ignore_mismatched_sizes=True,
+            output_loading_info=True)
+    for linear in block_linears(model).values():  # bitsandbytes' packed CPU kernel passes no gradient on
+        linear.support_avx512bf16_for_cpu = False
+    if attn == "sdpa" and getattr(config, "rope_full_precision", False):
         model.model.rotary_emb.register_forward_pre_hook(lambda module, args: (args[0].float(), *args[1:]))
-    other_heads = re.compile(r"pooler|seq_relationship|position_ids|inv_freq")  # or computed, not learned
     wrong = [f"{k} is missing" for k in sorted(report["missing_keys"])]
-    wrong += [f"{k} is unknown" for k in sorted(report["unexpected_keys"]) if not other_heads.search(k)]
+    wrong += [f"{k} is unknown" for k in sorted(report["unexpected_keys"])
+              if not re.search("pooler|seq_relationship", k)]  # other heads of BERT
     wrong += [f"{k} is {tuple(a)}, not {tuple(b)}" for k, a, b in sorted(report["mismatched_keys"])]
     if wrong:
-        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"the weights of {base} do not fit its config.json: {'; '.join(wrong[:3])}{more}")
+        raise UserError(f"{len(wrong)} weights of {base} do not fit its config.json: {'; '.join(wrong[:3])}")
+    ids = torch.tensor([[1] * 8, [1] * 7 + [2]], device=device)  # a model that fills in masks sees the last token
+    with torch.no_grad():
+        if torch.equal(*model.eval()(ids).logits[:, 0]):  # (V,) each: at the first one
+            raise UserError(f"{base}: {type(model).__name__} sees the left only, even with is_causal=False")
     return model
 
 def complete_tokens(model, tokenizer, raw: dict) -> None:
@@ -702,13 +685,6 @@ def complete_tokens(model, tokenizer, raw: dict) -> None:
                 layer.weight[rows:] = layer.weight[:rows].mean(0)
     model.get_input_embeddings().padding_idx = None  # else the row of the pad, often EOS, is frozen
     model.config.mask_token_id = tokenizer.mask_token_id
-
-@torch.no_grad()
-def check_bidirectional(model, name: str) -> None:
-    """UserError if the first position cannot see the last one: such a model cannot fill in masks."""
-    ids = torch.tensor([[1] * 8, [1] * 7 + [2]], device=model.device)
-    if torch.equal(*model.eval()(ids).logits[:, 0]):  # (V,) each
-        raise UserError(f"{name}: {type(model).__name__} sees the left only, even with is_causal=False")
 
 def check_positions(model, length: int) -> None:
     """UserError if `length` tokens are more than the learned positions of a model such as BERT."""
@@ -742,14 +718,13 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
     model = load_weights(base, raw, dtype, load_4bit, attn, device)
     plain = {"llada": transformers.PreTrainedTokenizerFast, "Dream": transformers.Qwen2Tokenizer}  # no code of theirs
     with refusing(f"cannot load the tokenizer of {name}"):
-        own = Path(name, "tokenizer_config.json").exists() or name == base
         reader = plain.get(raw.get("model_type"), transformers.AutoTokenizer)
-        tokenizer = reader.from_pretrained(name if own else base, trust_remote_code=False)
+        source = name if Path(name, "tokenizer_config.json").exists() else base
+        tokenizer = reader.from_pretrained(source, trust_remote_code=False)
     complete_tokens(model, tokenizer, raw)
     model.name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base  # what an adapter remembers
     if getattr(model.config, "shift_logits", False):
         model.register_forward_hook(shift_logits)
-    check_bidirectional(model, base)
     if name != base:
         from peft import PeftModel
 
@@ -780,36 +755,30 @@ WORDS = (
 
 def build_tokenizer():
     """The tiny model's tokenizer: bytes, and one token for each tag, phrase and instruction, for short prompts."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<|endoftext|>", "<|mask|>", "<|user|>", "<|assistant|>", "<|eot|>"]
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    phrases = [p for task in TASKS.values() for p in (task.system + "\n\n", *task.stems)]
-    core.add_special_tokens([AddedToken(s, normalized=False) for s in special])
-    core.add_tokens([AddedToken(w, normalized=False) for w in dict.fromkeys([*WORDS, *phrases])])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=special[0], pad_token=special[0], mask_token=special[1], chat_template=TEMPLATE
-    )
-
-def encode(tokenizer, text: str) -> list[int]:
-    """Token ids of a text that holds its special tokens already."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    core.add_special_tokens(["<|endoftext|>", "<|mask|>", "<|user|>", "<|assistant|>", "<|eot|>"])
+    core.add_tokens([*WORDS, *(p for task in TASKS.values() for p in (task.system + "\n\n", *task.stems))])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", pad_token="<|endoftext|>",
+                                   mask_token="<|mask|>", chat_template=TEMPLATE)
 
 def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
     """Token ids of a chat up to where the reply begins; the one prompt builder of all stages."""
-    return encode(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 @functools.cache
 def turn_end(tokenizer) -> list[int]:
     """The special token that the chat template sets after a reply (EOT), then EOS; EOS alone if they are one."""
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "§§"}]
-    after = encode(tokenizer, tokenizer.apply_chat_template(chat, tokenize=False).partition("§§")[2])[:1]
+    after = tokenizer.apply_chat_template(chat, tokenize=False).partition("§§")[2]
+    first = tokenizer.encode(after, add_special_tokens=False)[:1]
     special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-    return [i for i in after if i in special and i != tokenizer.eos_token_id] + [tokenizer.eos_token_id]
+    return [i for i in first if i in special and i != tokenizer.eos_token_id] + [tokenizer.eos_token_id]
 
 def encode_example(tokenizer, messages: list[dict], reply: str) -> tuple[list[int], int]:
     """Prompt + reply + end of turn as ids, and the prompt's length.
@@ -818,7 +787,7 @@ def encode_example(tokenizer, messages: list[dict], reply: str) -> tuple[list[in
     reply's first token untrained. Here the two parts are encoded apart, so the border is exact.
     """
     prompt = encode_prompt(tokenizer, messages)
-    return prompt + encode(tokenizer, reply) + turn_end(tokenizer), len(prompt)
+    return prompt + tokenizer.encode(reply, add_special_tokens=False) + turn_end(tokenizer), len(prompt)
 
 def pad_left(rows: list[list[int]], pad_id: int, device=None) -> tuple[Tensor, Tensor]:
     """Prompts as one batch: ids (B, P) and real (B, P) bool, False on the padding."""
@@ -1823,7 +1792,7 @@ def evaluation_prompts(tokenizer, task: Task, examples: Sequence[dict], cfg: Set
     #       the reply begun with <reasoning>. here: one builder for SFT, RL and evaluation; "official" tests so too.
     if cfg.preset == "official":
         asked = [encode_prompt(tokenizer, task.messages(e, task.system.replace(SYSTEM, EXPERT))) for e in examples]
-        return [p + encode(tokenizer, "<reasoning>") for p in asked], 0
+        return [p + tokenizer.encode("<reasoning>", add_special_tokens=False) for p in asked], 0
     asked = [encode_prompt(tokenizer, task.messages(e)) for e in examples]
     return [p[-cfg.max_prompt :] for p in asked], sum(len(p) > cfg.max_prompt for p in asked)
 
@@ -2039,10 +2008,9 @@ def export_merged(model, tokenizer, out: Path, form: str) -> None:
 
 def llada_name(name: str) -> str:
     """A Llama weight's name in a LLaDA checkpoint."""
-    stem, _, end = name.rpartition(".")
-    if block := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem):
-        return f"model.transformer.blocks.{block[1]}.{LLADA_BLOCK[block[2]]}.{end}"
-    return f"{LLADA_NAMES[stem]}.{end}"
+    for theirs, ours in LLADA_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
 
 def run_state(cfg: Settings, stages: list[str], origin: str) -> dict:
     """What d1_state.json tells of a checkpoint: stages passed, settings, versions, commit, argv."""
@@ -2068,37 +2036,33 @@ class Screen:
         self.bar = None
 
     def say(self, text: str) -> None:
-        (self.bar.console if self.bar else self.console).print(text, markup=False)
+        self.console.print(text, markup=False)
 
     def start(self, name: str, total: int, done: int) -> None:
-        self.name, self.total, self.done, self.began, self.said = name, total, done, time.monotonic(), time.monotonic()
-        self.first, self.shown = done, {}
-        if self.live:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn()
-            note = TextColumn("{task.fields[note]}")
-            self.bar = Progress(*columns, note, console=self.console, transient=name.startswith("eval"))
-            self.handle = self.bar.add_task(name, total=total, completed=done, note="")
-            self.bar.start()
+        columns = TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn()
+        self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console, disable=not self.live,
+                            transient=name.startswith("eval"))  # off a terminal it only counts
+        self.bar.add_task(name, total=total, completed=done, note="")
+        self.first, self.said, self.shown = done, time.monotonic(), {}
+        self.bar.start()
 
     def advance(self, metrics: dict, n: int = 1) -> None:
         """Count n more, and show the loss, or the reward and KL, and the last held-out figure."""
-        self.done += n
         self.shown |= metrics
         names = ("reward", "kl", "heldout_accuracy") if "reward" in self.shown else ("loss", "heldout_loss")
         note = "  ".join(f"{k.removesuffix('_accuracy')} {self.shown[k]:.3f}" for k in names if k in self.shown)
-        if self.bar:
-            self.bar.update(self.handle, advance=n, note=note)
-        elif time.monotonic() - self.said > 15:
+        task = self.bar.tasks[0]
+        self.bar.update(task.id, advance=n, note=note)
+        if not self.live and time.monotonic() - self.said > 15:
             self.said = time.monotonic()
-            left = (self.said - self.began) / max(self.done - self.first, 1) * (self.total - self.done)
-            self.say(f"{self.name} {self.done}/{self.total}  {note}  {left:.0f} s left")
+            left = task.elapsed / max(task.completed - self.first, 1) * (task.total - task.completed)
+            self.say(f"{task.description} {task.completed}/{task.total}  {note}  {left:.0f} s left")
 
     def stop(self) -> None:
         if self.bar:
             self.bar.stop()
-            self.bar = None
 
     def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table; columns after the first are right-aligned."""
@@ -2116,50 +2080,43 @@ def results_table(screen: Screen, entries: list[dict], cfg: Settings) -> None:
     standin = {"gsm8k", "math500"} & {e["task"] for e in entries if cfg.preset == "tiny" and not e["data"]}
     cells, rows = {(e["task"], e["row"], e["gen_length"]): e for e in entries}, []
     for task, row in dict.fromkeys((e["task"], e["row"]) for e in entries):
-        line = [task + " (stand-in)" * (task in standin), ROW_TITLES[row]]
-        for length in lengths:
-            e = cells.get((task, row, length))
-            text = "-" if e is None else f"{100 * e['accuracy']:.1f} [{100 * e['low']:.0f}, {100 * e['high']:.0f}]"
-            if task in PAPER_TABLE1 and "llada" in cfg.model.lower() and length in (128, 256, 512):
-                text += f" (paper {PAPER_TABLE1[task][row].split()[(128, 256, 512).index(length)]})"
-            line.append(text)
-        one = next(e for e in entries if (e["task"], e["row"]) == (task, row))
-        rows.append([*line, one["n"]])
+        made = {n: cells.get((task, row, n), {}) for n in lengths}
+        texts = {n: f"{100 * e['accuracy']:.1f} [{100 * e['low']:.0f}, {100 * e['high']:.0f}]" if e else "-"
+                 for n, e in made.items()}
+        if task in PAPER_TABLE1 and "llada" in cfg.model.lower():
+            paper = zip((128, 256, 512), PAPER_TABLE1[task][row].split(), strict=True)
+            texts |= {n: f"{texts[n]} (paper {figure})" for n, figure in paper if n in texts}
+        one = next(e for e in made.values() if e)
+        rows.append([task + " (stand-in)" * (task in standin), ROW_TITLES[row], *texts.values(), one["n"]])
         for score, scale in (("cells", 100), ("mean_reward", 1)):
-            if score not in one:
-                continue
-            shares = [cells.get((task, row, n), {}).get(score) for n in lengths]
-            rows.append(["", score, *("-" if c is None else f"{scale * c:.1f}         " for c in shares), ""])
+            if score in one:
+                shares = (f"{scale * e[score]:.1f}         " if score in e else "-" for e in made.values())
+                rows.append(["", score, *shares, ""])
     title = "Accuracy, %: strict grading, greedy, 95 % Wilson interval"
     title += "; stand-in = generated problems, not the benchmark" if standin else ""
     screen.table(title, ["task", "row", *(f"length {n}" for n in lengths), "n"], rows)
 
 def plot_curves(out: Path) -> None:
     """curves.png from metrics.jsonl: SFT loss, RL reward, KL, and held-out accuracy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # without pyplot no window is opened and nothing global is set
 
     log = out / "metrics.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    wanted = {("sft", "loss"): "SFT loss, nats a token", ("diffu_grpo", "reward"): "mean reward",
-              ("diffu_grpo", "kl"): "KL to start of stage 2", ("diffu_grpo", "heldout_accuracy"): "held-out accuracy"}
-    panels = [(title, stage, [(r["step"], r[name]) for r in rows if r["stage"] == stage and name in r])
-              for (stage, name), title in wanted.items()]
-    panels = [p for p in panels if p[2]]
+    panels = []
+    for stage, name, title in (("sft", "loss", "SFT loss, nats a token"), ("diffu_grpo", "reward", "mean reward"),
+                               ("diffu_grpo", "kl", "KL to start of stage 2"),
+                               ("diffu_grpo", "heldout_accuracy", "held-out accuracy")):
+        if points := [(r["step"], r[name]) for r in rows if r["stage"] == stage and name in r]:
+            panels.append((title, stage, *zip(*points, strict=True)))
     if not panels:
         return
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False)
-    for axis, (title, stage, points) in zip(axes[0], panels, strict=True):
-        x, y = zip(*points, strict=True)
+    figure = Figure(figsize=(4 * len(panels), 3), layout="tight")
+    for axis, (title, stage, x, y) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         windows = [y[max(0, i - len(y) // 50) : i + 1] for i in range(len(y))]  # a running mean over 2 % of the run
         axis.plot(x, y, alpha=0.25)
         axis.plot(x, [sum(w) / len(w) for w in windows], color="C0", marker="." if len(x) < 20 else None)
         axis.set(title=title, xlabel=f"{stage} update", yscale="log" if min(y) > 0 and stage == "sft" else "linear")
-    figure.tight_layout()
     write_whole(out / "curves.png", lambda part: figure.savefig(part, format="png", dpi=120))
-    plt.close(figure)
 
 
 # %% 16. Main — settings, launch, dry run

@@ -356,6 +356,13 @@ def test_an_adapter_for_another_base_is_refused(tmp_path, folders):
 
 
 # ---------------------------------------------------------------- exports
+LLADA_DEFAULTS = dict(  # of ModelConfig in LLaDA's own configuration_llada.py: what a config.json may leave out
+    alibi=False, alibi_bias_max=8.0, attention_layer_norm=False, attention_layer_norm_with_affine=True,
+    block_group_size=1, flash_attention=False, include_bias=False, include_qkv_bias=False, init_cutoff_factor=None,
+    init_std=0.02, input_emb_norm=False, layer_norm_with_affine=True, mlp_ratio=4, multi_query_attention=None,
+    rope_full_precision=True, scale_logits=False, use_cache=False)
+
+
 @pytest.mark.parametrize("form", ["hf", "merged", "llada"])
 def test_exports_reload_with_the_same_logits(form, tmp_path):
     model, _ = trained_adapter(str(LLADA), tmp_path / "one", (4, 8))
@@ -370,7 +377,7 @@ def test_exports_reload_with_the_same_logits(form, tmp_path):
             assert torch.allclose(theirs(ids).logits, want, atol=1e-5)
     if form == "llada":
         official, exported = (json.loads((p / "config.json").read_text()) for p in (LLADA, tmp_path / "out"))
-        changed = {k for k in official if official[k] != exported.get(k, "absent")}
+        changed = {k for k in official if official[k] != exported.get(k, LLADA_DEFAULTS.get(k, "absent"))}
         assert changed <= {"transformers_version", "train_max_sequence_length"}, changed
         keys = load_file(tmp_path / "out" / "model.safetensors").keys()
         assert keys == load_file(LLADA / "model.safetensors").keys()
