@@ -78,6 +78,7 @@ import operator
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -827,14 +828,13 @@ def last_answer(text: str) -> str | None:
     _, start, answer = text.rpartition("</answer>")[0].rpartition("<answer>")
     return answer.strip() if start else None
 
-def first_answer(text: str) -> str | None:
-    """The first complete <answer> block, as the official parser reads it."""
-    inside, end, _ = text.partition("<answer>")[2].partition("</answer>")
-    return inside.strip() if end else None
-
 def answers(text: str) -> list[str]:
     """Every complete <answer> block. What never closes is cut off first, so the time is linear in the length."""
     return re.findall(r"<answer>(.*?)</answer>", text[: text.rfind("</answer>") + len("</answer>")], re.DOTALL)
+
+def first_answer(text: str) -> str | None:
+    """The first complete <answer> block, as the official parser reads it."""
+    return next((block.strip() for block in answers(text)), None)
 
 def closing_brace(text: str, start: int) -> int:
     """Index of the brace that closes the first one opened from `start` on; -1 if none does in 10,000 characters."""
@@ -1343,30 +1343,26 @@ class Custom(Task):
     score = "mean_reward"
 
     def __init__(self, reward: str, pay_errors_zero: bool = False):
-        path, _, name = reward.rpartition(":")
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path) if Path(path).is_file() else None
-        if spec is None or spec.loader is None:
-            raise UserError(f"--reward {reward}: no such file; give FILE.py:FUNCTION")
-        module = importlib.util.module_from_spec(spec)
-        with refusing(f"--reward {reward}"):
-            spec.loader.exec_module(module)
-            self.function = getattr(module, name)
-        self.reward, self.pay_errors_zero, self.failed = reward, pay_errors_zero, 0
+        self.path, _, name = reward.rpartition(":")
+        self.pay_errors_zero, self.failed = pay_errors_zero, 0
+        try:
+            self.function = runpy.run_path(self.path)[name]
+        except Exception as e:  # whatever somebody's file may raise
+            raise UserError(f"--reward {reward} must be FILE.py:FUNCTION, and is not: {type(e).__name__} {e}") from e
+
+    def parse(self, row):
+        if not isinstance(row["prompt"], str | list):
+            raise ValueError("column 'prompt' must be a text or a list of messages")
+        return dict(row)
 
     def question(self, example):
         return str(example["prompt"])
 
     def messages(self, example, system=None):
-        prompt = example["prompt"]
-        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        chat = example["prompt"]
+        return [{"role": "user", "content": chat}] if isinstance(chat, str) else chat
 
-    def parse(self, row):
-        chat = row["prompt"]
-        if not (isinstance(chat, str) or (chat and all({"role", "content"} <= set(m) for m in chat))):
-            raise ValueError("'prompt' must be a text or a list of messages")
-        return dict(row)
-
-    def demonstrate(self, example, rng, careful):
+    def generate(self, rng):
         raise UserError("--task custom has no demonstrations for stage 1: give --sft_data, --skip_sft or a --model "
                         "that has been through it, such as ckpt/sft")
 
@@ -1374,18 +1370,18 @@ class Custom(Task):
         return {k: v for k, v in example.items() if k != "prompt"}
 
     def pay(self, texts, examples, official=False):
-        chats = [not isinstance(e["prompt"], str) for e in examples]
-        said = [[{"role": "assistant", "content": t}] if c else t for t, c in zip(texts, chats, strict=True)]
-        columns = {k: [e[k] for e in examples] for k in examples[0] if k != "prompt"}
+        said = [t if isinstance(e["prompt"], str) else [{"role": "assistant", "content": t}]
+                for t, e in zip(texts, examples, strict=True)]
+        columns = {k: [e.get(k) for e in examples] for k in self.ground_truth(examples[0])}
         try:
             values = self.function(prompts=[e["prompt"] for e in examples], completions=said, **columns)
             if len(values) != len(texts) or not all(math.isfinite(v) for v in values):
                 raise ValueError(f"{len(texts)} completions need as many finite numbers, not {str(values)[:80]}")
-        except Exception as e:  # whatever somebody's function may raise
-            line = traceback.extract_tb(e.__traceback__)[-1].lineno
+        except Exception as e:
+            lines = [f", line {f.lineno}" for f in traceback.extract_tb(e.__traceback__) if f.filename == self.path]
             if not self.pay_errors_zero:
-                raise UserError(f"--reward {self.reward}, line {line}: {type(e).__name__}: {e}; --reward_errors zero "
-                                "goes on and pays 0") from e
+                at = f"--reward: {self.path}" + "".join(lines[-1:])
+                raise UserError(f"{at}: {type(e).__name__}: {e}; --reward_errors zero pays 0 and goes on") from e
             values, self.failed = [0.0] * len(texts), self.failed + 1
         return [{"reward": float(v)} for v in values]
 
