@@ -2039,7 +2039,7 @@ class Screen:
 
         columns = TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn()
         self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console, disable=not self.live,
-                            transient=name.startswith("eval"))  # off a terminal it only counts
+                            transient=name.startswith("eval"), speed_estimate_period=3600)  # not 30 s
         self.bar.add_task(name, total=total, completed=done, note="")
         self.first, self.said, self.shown = done, time.monotonic(), {}
         self.bar.start()
