@@ -95,8 +95,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
+Metrics = dict[str, Tensor]  # figures to log, by name
 
 # %% 2. Settings — App. D; one field per setting: a default per preset, a help text and its source
 class UserError(Exception):
@@ -140,9 +141,8 @@ class Settings:
     debug: bool = opt(False, "show the traceback of an error")
     # the model
     use_lora: bool = opt(False, "train LoRA adapters instead of all weights")
-    lora_targets: str = opt("all", "layers to adapt: all = every linear of the blocks, or names with commas [D7]",
-                            "App. D", official={"sft_only": "q_proj,k_proj,v_proj",
-                                               "*": "q_proj,k_proj,v_proj,up_proj"})
+    lora_targets: str = opt("all", "layers to adapt: all = every linear of the blocks, or names [D7]", "App. D",
+                            official={"sft_only": "q_proj,k_proj,v_proj", "*": "q_proj,k_proj,v_proj,up_proj"})
     lora_r: int = opt({"sft_only": 8, "*": 128}, "LoRA rank", "App. D; SFT: v1", official=128, low=1)
     lora_alpha: int = opt({"sft_only": 16, "*": 64}, "LoRA alpha", "v1", official={"sft_only": 256, "*": 64}, low=1)
     lora_dropout: float = opt(0.05, "LoRA dropout of stage 1; stage 2 has none [D6]", "App. D", low=0.0, high=0.99)
@@ -151,13 +151,11 @@ class Settings:
     dtype: str = opt("auto", "of the weights; auto = fp32 if all are trained, else bf16 on a GPU, as stored on a CPU",
                      choices=("auto", "float32", "bfloat16"))
     grad_checkpoint: bool = opt(False, "gradient checkpointing: less memory, a third more time")
-    export: str = opt("", "also write the final model with all its weights: hf or merged for transformers, llada for "
-                      "LLaDA's own code; without --task: convert --model into --output_dir",
-                      choices=("hf", "merged", "llada"))
+    export: str = opt("", "also write the model whole: hf, merged for transformers, llada for LLaDA's own code; "
+                      "without --task: convert --model into --output_dir", choices=("hf", "merged", "llada"))
     threads: int = opt(0, "CPU threads; 0 = one per core, at most 8", low=0)
     # stage 1: masked SFT
-    steps_sft: int = opt(2460, "SFT updates", "App. D.2: 20 epochs of s1K",
-                         tiny={"sft_only": 6000, "count": 2500, "*": 5500}, low=0)
+    steps_sft: int = opt(2460, "SFT updates", "20 epochs", tiny={"sft_only": 6000, "count": 2500, "*": 5500}, low=0)
     bs_sft: int = opt(8, "rows per SFT update, over all processes", "App. D.2", tiny=32, low=1)
     rows_sft: int = opt(1, "rows per backward pass of SFT", "official: 1, 4 passes, 2 GPUs", tiny=32, low=1)
     lr_sft: float = opt(1e-5, "peak learning rate, then linear decay to 0", "App. D.2", tiny=1.5e-3, low=0.0)
@@ -198,17 +196,15 @@ class Settings:
 
 
 # %% 3. Forward process — Sec. 2, q(x_t | x_0) with the linear schedule alpha_t = 1 - t
-def draw_uniform(shape: Sequence[int], generator: torch.Generator, device) -> Tensor:
+def draw_uniform(shape: Sequence[int], generator: Generator, device) -> Tensor:
     """Uniform [0, 1) drawn where the generator lives, so a seed means the same on CPU and GPU."""
     return torch.rand(shape, generator=generator, device=generator.device).to(device)
 
-def sample_t(n: int, generator: torch.Generator, device=None, eps: float = 1e-3) -> Tensor:
+def sample_t(n: int, generator: Generator, device=None, eps: float = 1e-3) -> Tensor:
     """Draw n noise levels t = u (1 - eps) + eps, u ~ U[0, 1): (n,) in [eps, 1). The floor bounds 1/t."""
     return draw_uniform((n,), generator, device) * (1 - eps) + eps
 
-def forward_process(
-    x0: Tensor, t: Tensor, keep: Tensor, mask_id: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def forward_process(x0: Tensor, t: Tensor, keep: Tensor, mask_id: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """Draw x_t ~ q(x_t | x_0): each token becomes [MASK] with probability t, on its own.
 
     x0 (B, L) int64 token ids; t (B,) in (0, 1]; keep (B, L) True = never masked (the prompt).
@@ -221,9 +217,7 @@ def forward_process(
 
 
 # %% 4. Masked SFT loss — Sec. 2 and 3.3, Algorithm 2
-def masked_nelbo(
-    logits: Tensor, x0: Tensor, masked: Tensor, t: Tensor, keep: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
+def masked_nelbo(logits: Tensor, x0: Tensor, masked: Tensor, t: Tensor, keep: Tensor) -> tuple[Tensor, Metrics]:
     """Upper bound on -log p(x0 | prompt) per reply token, in nats.   d1 Eq. (1), Sec. 2
 
         L(theta) = - E_{t ~ U(0,1), x_t ~ q} [ 1/t  sum_k 1[x_t^k = mask] log p_theta(x_0^k | x_t) ]
@@ -250,9 +244,8 @@ def extend_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
         return None
     return F.pad(attention_mask.bool(), (0, length - attention_mask.shape[1]), value=True)
 
-def guided_logits(
-    model, canvas: Tensor, is_prompt: Tensor, mask_id: int, attention_mask: Tensor | None, cfg_scale: float
-) -> Tensor:
+def guided_logits(model, canvas: Tensor, is_prompt: Tensor, mask_id: int, attention_mask: Tensor | None,
+                  cfg_scale: float) -> Tensor:
     """Logits of p(. | canvas), with classifier-free guidance if cfg_scale > 0.
 
     canvas (B, L); is_prompt (B, L) True = hidden in the unconditional pass. Returns (B, L, V):
@@ -265,14 +258,12 @@ def guided_logits(
     cond, uncond = model(both, attention_mask=attend).logits.chunk(2)  # (B, L, V) each
     return uncond + (cfg_scale + 1) * (cond - uncond)
 
-def draw_prompt_mask(real: Tensor, pmask: float, generator: torch.Generator) -> Tensor:
+def draw_prompt_mask(real: Tensor, pmask: float, generator: Generator) -> Tensor:
     """Draw which prompt tokens q' hides: each real one with probability p_mask. (B, P) -> (B, P)."""
     return (draw_uniform(real.shape, generator, real.device) < pmask) & real
 
-def one_step_logp(
-    model, prompt: Tensor, completion: Tensor, hide: Tensor, mask_id: int,
-    attention_mask: Tensor | None = None, cfg_scale: float = 0.0,
-) -> Tensor:
+def one_step_logp(model, prompt: Tensor, completion: Tensor, hide: Tensor, mask_id: int,
+                  attention_mask: Tensor | None = None, cfg_scale: float = 0.0) -> Tensor:
     """log phi(o^k | q') for every completion token from one forward pass.   d1 Sec. 3.1
 
         phi(o^k | q') = p_theta(o^k | q' + M...M),   q' = the prompt with `hide` masked,
@@ -324,10 +315,8 @@ def token_objective(logp: Tensor, logp_old: Tensor | None, advantages: Tensor, e
     bound = rho.clamp(1 - eps, 1 + eps) * advantages[:, None]  # (B, C)
     return torch.min(gain, bound), bound < gain
 
-def diffu_grpo_loss(
-    logp: Tensor, logp_old: Tensor | None, logp_ref: Tensor | None, advantages: Tensor, live: Tensor,
-    *, eps: float = 0.5, beta: float = 0.04, norm: str = "sequence",
-) -> tuple[Tensor, dict[str, Tensor]]:
+def diffu_grpo_loss(logp: Tensor, logp_old: Tensor | None, logp_ref: Tensor | None, advantages: Tensor, live: Tensor,
+                    *, eps: float = 0.5, beta: float = 0.04, norm: str = "sequence") -> tuple[Tensor, Metrics]:
     """The diffu-GRPO objective, negated: minimise it.   d1 Eq. (4), Sec. 3.2
 
         J(theta) = E[ 1/G sum_i 1/|o_i| sum_k min( rho_i^k A_i, clip(rho_i^k, 1-eps, 1+eps) A_i ) ]
@@ -415,9 +404,8 @@ def score_positions(logits, tokens, remasking, counts, generators) -> Tensor:
     return logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0].exp()
 
 @torch.no_grad()
-def denoise_step(
-    model, x, lo, hi, quota, *, prompt_len, mask_id, attend, temperature, cfg_scale, remasking, threshold, generators
-) -> tuple[Tensor, Tensor]:
+def denoise_step(model, x, lo, hi, quota, *, prompt_len, mask_id, attend, temperature, cfg_scale, remasking, threshold,
+                 generators) -> tuple[Tensor, Tensor]:
     """Commit some of the block's masked tokens; `quota` a row, or all above `threshold`. -> new (B, L)
 
     x (B, L) canvas; lo, hi the block's bounds; attend (B, L) True = real token. Returns (x', new).
@@ -445,12 +433,10 @@ def denoise_step(
     new[:, lo:hi] = commit
     return torch.cat([x[:, :lo], torch.where(commit, proposal, x[:, lo:hi]), x[:, hi:]], dim=1), new
 
-def diffuse_steps(
-    model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor | None = None, gen_length: int = 256,
-    block_length: int = 32, steps: int | None = None, temperature: float = 0.0, cfg_scale: float = 0.0,
-    remasking: str = "low_confidence", threshold: float | None = None, cache: str = "none",
-    eos_id: int | None = None, stop_at_eos: bool = False, generator=None,
-) -> Iterator[Frame]:
+def diffuse_steps(model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor | None = None, gen_length: int = 256,
+                  block_length: int = 32, steps: int | None = None, temperature: float = 0.0, cfg_scale: float = 0.0,
+                  remasking: str = "low_confidence", threshold: float | None = None, cache: str = "none",
+                  eos_id: int | None = None, stop_at_eos: bool = False, generator=None) -> Iterator[Frame]:
     """Denoise block by block, left to right; yield one Frame per step. No autograd, no printing.
 
     prompt (B, P), left-padded; attention_mask (B, P) True = real token: a prompt alone or in a
@@ -476,10 +462,9 @@ def diffuse_steps(
         while (left := int((x[active, lo:hi] == mask_id).sum(1).max())) > 0:
             quota = -(-left // max(steps_per_block - step, 1))  # the ceiling spreads the remainder first
             part, new_part = denoise_step(
-                model, x[active], lo, hi, quota, prompt_len=plen, mask_id=mask_id,
-                attend=None if attend is None else attend[active], temperature=temperature, cfg_scale=cfg_scale,
-                remasking=remasking, threshold=threshold, generators=[generators[i] for i in active.tolist()],
-            )
+                model, x[active], lo, hi, quota, prompt_len=plen, mask_id=mask_id, temperature=temperature,
+                attend=None if attend is None else attend[active], cfg_scale=cfg_scale, remasking=remasking,
+                threshold=threshold, generators=[generators[i] for i in active.tolist()])
             x = x.index_copy(0, active, part)
             new = torch.zeros_like(x, dtype=torch.bool).index_copy(0, active, new_part)
             yield Frame(x, new, b, step)
@@ -748,11 +733,9 @@ TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
 # for a tokenizer that brings none, in BERT's manner: [CLS] question [SEP] reply [SEP]
 PLAIN_TEMPLATE = ("{{ cls_token or bos_token or '' }}"
                   "{% for m in messages %}{{ m['content'] }}{{ sep_token or eos_token }}{% endfor %}")
-WORDS = (
-    "<reasoning>\n", "\n</reasoning>\n", "<answer>\n", "\n</answer>", "<reasoning>", "</reasoning>", "<answer>",
-    "</answer>", "\\boxed{", "Tom has ", " apples", " bags of ", " and buys ", " more", ". How many now?", "Compute ",
-    "Exactly: ", "Roughly: ", "I guess.", "Rows, columns and boxes.", ", ",
-)
+WORDS = ("<reasoning>\n", "\n</reasoning>\n", "<answer>\n", "\n</answer>", "<reasoning>", "</reasoning>", "<answer>",
+         "</answer>", "\\boxed{", "Tom has ", " apples", " bags of ", " and buys ", " more", ". How many now?",
+         "Compute ", "Exactly: ", "Roughly: ", "I guess.", "Rows, columns and boxes.", ", ")
 
 def build_tokenizer():
     """The tiny model's tokenizer: bytes, and one token for each tag, phrase and instruction, for short prompts."""
@@ -1793,9 +1776,8 @@ def evaluation_prompts(tokenizer, task: Task, examples: Sequence[dict], cfg: Set
     return [p[-cfg.max_prompt :] for p in asked], sum(len(p) > cfg.max_prompt for p in asked)
 
 @torch.no_grad()
-def generate(
-    model, tokenizer, prompts: list[list[int]], cfg: Settings, gen_length: int, todo: Sequence[int] | None = None
-) -> Iterator[list[tuple[int, dict]]]:
+def generate(model, tokenizer, prompts: list[list[int]], cfg: Settings, gen_length: int,
+             todo: Sequence[int] | None = None) -> Iterator[list[tuple[int, dict]]]:
     """Greedy replies to this process's share of the prompts numbered `todo`, length / 2 steps, batch by batch.
 
     Yields pairs (number, {"generations", "effective_tokens", "ended"}): text, tokens before the EOS, if it came.
@@ -1811,8 +1793,7 @@ def generate(
         with precision(device):
             out = diffuse_decode(
                 model, ids, mask_id=tokenizer.mask_token_id, attention_mask=real, gen_length=gen_length,
-                block_length=cfg.block_length, eos_id=tokenizer.eos_token_id, stop_at_eos=True,
-            )
+                block_length=cfg.block_length, eos_id=tokenizer.eos_token_id, stop_at_eos=True)
         completion = out[:, ids.shape[1] :]  # (B, C)
         ended = (completion == tokenizer.eos_token_id).any(1)  # (B,)
         effective = live_tokens(completion, tokenizer.eos_token_id).sum(1) - ended.long()  # (B,) before the EOS
@@ -1837,16 +1818,11 @@ def entry_of(task: Task, row: str, gen_length: int, records: list[dict], example
         "model": cfg.model, "seed": cfg.seed, "limit": cfg.limit, "data": cfg.data,
     }
 
-def part_logs(path: Path) -> list[Path]:
-    """The replies that a running or stopped evaluation has written, one file a process."""
-    return [f for f in path.parent.iterdir() if f.name.startswith(f"{path.stem}.part")]
-
 def finished_replies(path: Path, stamp: str) -> dict[int, dict]:
     """Replies to the same prompts by the same weights that an earlier evaluation left, whole or stopped, by number."""
-    whole, done = read_json(path), {}
-    if whole.get("stamp") == stamp:
-        done = dict(enumerate(whole["generations"]))
-    for log in part_logs(path):
+    whole = read_json(path)
+    done = dict(enumerate(whole["generations"])) if whole.get("stamp") == stamp else {}
+    for log in path.with_suffix(".parts").glob("*"):
         lines = log.read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines if line.endswith("]")]  # a kill can cut the last one short
         done |= {i: reply for written_for, i, reply in rows if written_for == stamp}
@@ -1864,13 +1840,12 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
     label, rank, entries = row + (f"_{Path(cfg.data).stem}" if cfg.data else ""), processes().process_index, []
     for length in cfg.lengths():
         began = time.perf_counter()
-        name = f"{task.official_name}_{label}_{length}_{length // 2}_0_generations"
-        path, log = out / "generations" / f"{name}.json", out / "generations" / f"{name}.part{rank}.jsonl"
+        path = out / "generations" / f"{task.official_name}_{label}_{length}_{length // 2}_0_generations.json"
         stamp = hashlib.sha256(repr((weights, prompts, length, cfg.block_length)).encode()).hexdigest()[:16]
-        path.parent.mkdir(parents=True, exist_ok=True)
+        (parts := path.with_suffix(".parts")).mkdir(parents=True, exist_ok=True)  # a file a process
         done = finished_replies(path, stamp)
         screen.start(f"eval {row} {length}", len(prompts), len(done))
-        with log.open("a", encoding="utf-8") as f:
+        with (parts / f"{rank}.jsonl").open("a", encoding="utf-8") as f:
             todo = [i for i in range(len(prompts)) if i not in done]
             for batch in generate(model, tokenizer, prompts, cfg, length, todo):
                 f.writelines(json.dumps([stamp, *reply]) + "\n" for reply in batch)
@@ -1886,8 +1861,8 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
             "block_length": cfg.block_length, "stamp": stamp,
             "metrics": {"wall_time": time.perf_counter() - began, "total_processed": len(records)}})
         processes().wait_for_everyone()
-        for part in part_logs(path) if rank == 0 else ():
-            part.unlink()
+        if rank == 0:
+            shutil.rmtree(parts)
         entries.append(entry_of(task, row, length, records, examples, cfg) | {"prompts_cut": cut})
     path = out / "eval.json"
     earlier = json.loads(path.read_text()) if path.exists() else []
@@ -2290,10 +2265,8 @@ def has_test_split(source: str) -> bool:
     """Whether a data source is a hub set with a test split of its own."""
     import datasets
 
-    if Path(source).is_file():
-        return False
     with refusing(f"cannot read {source}; without a network give a local file"):
-        return "test" in datasets.get_dataset_split_names(*source.split(":"))
+        return not Path(source).is_file() and "test" in datasets.get_dataset_split_names(*source.split(":"))
 
 def say_sizes(task: Task, splits: dict[str, list[dict]], screen: Screen) -> None:
     """Print how many problems each split has, and how many are in two."""
@@ -2417,32 +2390,29 @@ def run_table1(cfg: Settings, screen: Screen, out: Path, given: dict) -> list[di
     """The paper's Table 1 on the model given: base, +SFT, +diffu-GRPO, d1. Finished parts are not redone."""
     sft, entries = out.parent / "sft", []  # where --task sft_only leaves it
 
-    def part(task: str, row: str, folder: Path, model: str, train: Callable) -> None:
+    def part(task: str, row: str, folder: Path, model: str) -> None:
         """Train, unless `folder` holds the checkpoint of a run with these settings; keep the row's entries."""
-        screen.say(f"--- table1: {folder}")
-        changes = {"task": task, "model": model, "skip_sft": task in TASKS, "skip_eval": False, "preset": cfg.preset}
-        changes["resume"] = cfg.resume and (folder / "trainer").exists()
+        changes = {"task": task, "model": model, "skip_sft": task in TASKS, "skip_eval": False, "preset": cfg.preset,
+                   "resume": cfg.resume and (folder / "trainer").exists()}
         own = settle(given | {k: (v, "table1") for k, v in changes.items()})[0]
         state = read_json(folder / "d1_state.json").get("settings")
-        if state and not changed_settings(state, own):
-            screen.say("trained already")
-            own = dataclasses.replace(own, model=str(folder), eval_only=True)
-            made = (run_benchmark if task in TASKS else look)(own, screen, folder)
+        trained = bool(state) and not changed_settings(state, own)
+        screen.say(f"--- table1: {folder}" + ", trained already" * trained)
+        if trained or row == "base":
+            own = dataclasses.replace(own, model=str(folder) if trained else model, eval_only=True)
+        if task in TASKS:
+            made = run_benchmark(own, screen, folder, before=False)
+        elif own.eval_only:
+            made = evaluate_tasks(own, *open_model(own, screen), row, screen, folder)
         else:
-            made = train(own, screen, folder)
+            made = run_sft_only(own, screen, folder)
         entries.extend(e for e in made if e["row"] == row)
 
-    def look(cfg: Settings, screen: Screen, folder: Path) -> list[dict]:
-        row = "sft" if folder == sft else "base"
-        cfg = dataclasses.replace(cfg, eval_only=True)
-        return evaluate_tasks(cfg, *open_model(cfg, screen), row, screen, folder)
-
-    part("table1", "base", out / "base", cfg.model, look)
-    part("sft_only", "sft", sft, cfg.model, run_sft_only)
+    part("table1", "base", out / "base", cfg.model)
+    part("sft_only", "sft", sft, cfg.model)
     for task in TASKS:
-        train = functools.partial(run_benchmark, before=False)
-        part(task, "diffu_grpo", out / f"{task}_diffu_grpo", cfg.model, train)
-        part(task, "d1", out / f"{task}_d1", str(sft), train)
+        part(task, "diffu_grpo", out / f"{task}_diffu_grpo", cfg.model)
+        part(task, "d1", out / f"{task}_d1", str(sft))
     write_json(out / "eval.json", entries)
     return sorted(entries, key=lambda e: (list(TASKS).index(e["task"]), list(ROW_TITLES).index(e["row"])))
 
