@@ -1823,9 +1823,7 @@ def finished_replies(path: Path, stamp: str) -> dict[int, dict]:
     whole = read_json(path)
     done = dict(enumerate(whole["generations"])) if whole.get("stamp") == stamp else {}
     for log in path.with_suffix(".parts").glob("*"):
-        lines = log.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.endswith("]")]  # a kill can cut the last one short
-        done |= {i: reply for written_for, i, reply in rows if written_for == stamp}
+        done |= {i: reply for written_for, i, reply in read_log(log) if written_for == stamp}
     return done
 
 def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, out: Path, screen: Screen) -> list[dict]:
@@ -1846,6 +1844,7 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
         done = finished_replies(path, stamp)
         screen.start(f"eval {row} {length}", len(prompts), len(done))
         with (parts / f"{rank}.jsonl").open("a", encoding="utf-8") as f:
+            f.write("\n")  # ends a line that a kill may have cut short
             todo = [i for i in range(len(prompts)) if i not in done]
             for batch in generate(model, tokenizer, prompts, cfg, length, todo):
                 f.writelines(json.dumps([stamp, *reply]) + "\n" for reply in batch)
@@ -1888,6 +1887,14 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         os.fsync(f.fileno())
     os.replace(part, path)
 
+def read_log(path: Path) -> list:
+    """The rows of a JSONL log, less a line that a kill cut short; none if there is no file."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
 def append_jsonl(path: Path, row: dict) -> None:
     """Add one line to a log; one process does."""
     if processes().is_main_process:
@@ -1927,9 +1934,7 @@ def changed_settings(then: dict, now: Settings, *free: str) -> list[str]:
 
 def drop_later_metrics(path: Path, name: str, step: int) -> None:
     """Remove what a stopped run logged after its last checkpoint, since those steps are made again."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill can cut the last one short
-    kept = [r for r in rows if r["stage"] != name or r["step"] <= step]
+    kept = [r for r in read_log(path) if r["stage"] != name or r["step"] <= step]
     write_whole(path, lambda part: part.write_text("".join(json.dumps(r) + "\n" for r in kept)))
 
 def export_model(model, tokenizer, out: Path, state: dict) -> None:
@@ -2071,9 +2076,7 @@ def plot_curves(out: Path) -> None:
     """curves.png from metrics.jsonl: SFT loss, RL reward, KL, and held-out accuracy."""
     from matplotlib.figure import Figure  # without pyplot no window is opened and nothing global is set
 
-    log = out / "metrics.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    panels = []
+    rows, panels = read_log(out / "metrics.jsonl"), []
     for stage, name, title in (("sft", "loss", "SFT loss, nats a token"), ("diffu_grpo", "reward", "mean reward"),
                                ("diffu_grpo", "kl", "KL to start of stage 2"),
                                ("diffu_grpo", "heldout_accuracy", "held-out accuracy")):

@@ -72,14 +72,15 @@ def test_official_formats_are_the_official_patterns_on_random_text():
 
 def hostile(size: int = 1_000_000):
     """Strings made to hurt a parser, up to a megabyte each."""
-    yield from ("9" * size, "{" * size, "\\boxed{" * (size // 7), "\\boxed{" + "{" * size,
-                "<answer>" * (size // 8),
-                "<reasoning>" + "</reasoning><answer>" * (size // 20), "</answer>" * (size // 9), "(" * size, " " * size,
-                "<answer>" + "1" * size + "</answer>", "<answer>" + "(" * size + "</answer>", "```" * (size // 3),
-                "<answer>```" + " " * size, "\\frac1{" * (size // 7), "\\sqrt" * (size // 5), "1=" * (size // 2))
-    for inner in ("9**9**9**9", "9^{9^{9^{9}}}", "(1)" * 90, "-" * 290 + "1", "10000!", "\ud800", "\u202e123",
-                  "１２３４", "١٢٣٤", "²", "𝟙𝟚", "1e999", "0x10", "1_000", "\x00", "1/0", "()" * 99, "\\frac{1}{0}", "1" * 5000,
-                  "\\binom{10000}{5000}", "\\sum_{k=1}^{99999}k", "{" * 300, "1+2+4", "(1+2)*4-5=7", "½", "∞", "nan"):
+    yield from ("9" * size, "{" * size, "\\boxed{" * (size // 7), "\\boxed{" + "{" * size, "(" * size, " " * size,
+                "<answer>" * (size // 8), "<reasoning>" + "</reasoning><answer>" * (size // 20),
+                "</answer>" * (size // 9), "<answer>" + "1" * size + "</answer>", "1=" * (size // 2),
+                "<answer>" + "(" * size + "</answer>", "```" * (size // 3), "1" * size + " " * size + "</answer>",
+                "<answer>```" + " " * size, "\\frac1{" * (size // 7), "\\sqrt" * (size // 5))
+    for inner in ("9**9**9**9", "9^{9^{9^{9}}}", "(1)" * 90, "-" * 290 + "1", "10000!", "\ud800", "\u202e123", "½",
+                  "١٢٣٤", "²", "𝟙𝟚", "1e999", "0x10", "1_000", "\x00", "1/0", "()" * 99, "\\frac{1}{0}", "1" * 5000,
+                  "\\binom{10000}{5000}", "\\sum_{k=1}^{99999}k", "{" * 300, "1+2+4", "(1+2)*4-5=7", "∞", "nan",
+                  "\uff11\uff12"):
         for frame in ("{}", "<answer>\n{}\n</answer>", "<answer>\\boxed{{{}}}</answer>", "\\boxed {}$"):
             yield frame.format(inner)
 
