@@ -1324,16 +1324,35 @@ class Stage:
 
         self.model, self.tokenizer, self.cfg, self.out = model, tokenizer, cfg, Path(out)
         self.streams, self.lr, self.clip, self.total, self.step = Streams(cfg.seed), lr, clip, total, 0
-        self.params = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(self.params, lr=lr, betas=(0.9, 0.99), weight_decay=wd, fused=True)
-        self.accel = Accelerator(cpu=not torch.cuda.is_available())
-        if str(self.accel.distributed_type).split(".")[1] not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-            raise UserError("several processes each hold the model (DDP): launch without FSDP and DeepSpeed")
+        self.accel = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")  # `precision` sees to it
+        kind, sharded = str(self.accel.distributed_type).split(".")[1], self.accel.is_fsdp2
+        if kind not in ("NO", "MULTI_CPU", "MULTI_GPU") and not sharded:
+            raise UserError(f"cannot train under {kind}: launch with DDP, or with FSDP and fsdp_version: 2")
         self.rank, self.world, self.device = self.accel.process_index, self.accel.num_processes, self.accel.device
-        # `net` is the model as it is trained: with several processes, its backward averages the gradient over them
-        self.net, self.optimizer = self.accel.prepare(model, optimizer)
+        # `net` is the model as it is trained: with several processes, its backward averages the gradient over them.
+        # FSDP shards a twin with the same parameters, so that `model` stays a plain one, which `gather` fills
+        net = copy.deepcopy(model, {id(p): p for p in model.parameters()}) if sharded else model
+        params = [p for p in net.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=wd, fused=True)
+        self.net, self.optimizer = self.accel.prepare(net, optimizer)
+        self.params = [p for p in self.net.parameters() if p.requires_grad]
+        self.scatter()
         self.best = None  # (held-out score, step, weights): see DiffuGRPO
         self.span = 1  # steps from one place to resume at to the next
+
+    def gather(self) -> None:
+        """Under FSDP, put the weights together in `model`: each process can then make passes of its own."""
+        for p, shard in self.apart():
+            p.data = whole(shard.detach()).to(self.device)
+
+    def scatter(self) -> None:
+        """Under FSDP, leave the weights to the shards of `net` alone."""
+        for p, _ in self.apart():
+            p.data = p.data.new_empty(0)
+
+    def apart(self) -> list[tuple[Tensor, Tensor]]:
+        """The parameters of `model` and `net` that are not the same ones: under FSDP all but 4-bit ones, else none."""
+        return [(p, q) for p, q in zip(self.model.parameters(), self.net.parameters(), strict=True) if p is not q]
 
     @contextlib.contextmanager
     def dropout_from(self, *key):
@@ -1362,7 +1381,7 @@ class Stage:
 
     def apply_gradient(self) -> float:
         """Clip, update, clear. Returns the gradient's norm before clipping."""
-        norm = self.accel.clip_grad_norm_(self.params, self.clip or math.inf)
+        norm = whole(self.accel.clip_grad_norm_(self.params, self.clip or math.inf))
         if not torch.isfinite(norm):
             what = f"the gradient's norm is {norm.item()} on {self.batch_name()}"
             raise NonFiniteLoss(f"{self.name} step {self.step + 1}: {what}")
@@ -1390,6 +1409,7 @@ class Stage:
                 append_jsonl(self.out / "metrics.jsonl", {"stage": self.name, "step": self.step, **figures})
                 screen.advance(figures, 0)
                 save_trainer(self)
+        self.gather()  # for good
         screen.stop()
 
 class MaskedSFT(Stage):
@@ -1455,7 +1475,7 @@ class MaskedSFT(Stage):
         return loss * share.item(), metrics
 
     def update(self) -> dict[str, float]:
-        self.model.train()
+        self.net.train()
         rows, logged = [self.rows[i] for i in self.indices()], []
         size = self.cfg.bs_sft // self.world
         stop = (self.rank + 1) * size
@@ -1470,7 +1490,7 @@ class MaskedSFT(Stage):
     @torch.no_grad()
     def check(self, screen: Screen) -> dict[str, float]:
         """Held-out loss, with the same masks at every check."""
-        self.model.eval()
+        self.net.eval()
         size = self.cfg.rows_sft
         parts = [self.heldout[i : i + size] for i in range(0, len(self.heldout), size)]
         losses = [self.nelbo(p, ("sft_check", i))[0].item() * len(p) for i, p in enumerate(parts)]
@@ -1502,15 +1522,15 @@ class DiffuGRPO(Stage):
 
     def __init__(self, model, tokenizer, examples: Sequence[dict], ask: Callable, reward: Callable, cfg: Settings,
                  out: Path, heldout: Callable | None = None):
-        super().__init__(model, tokenizer, cfg, out, cfg.lr_rl, cfg.wd_rl, cfg.clip_rl, cfg.steps_rl)
-        self.examples, self.ask, self.reward, self.heldout = examples, ask, reward, heldout
         check_positions(model, cfg.max_prompt + cfg.gen_length)
         # [D8] official's reference sync every 64 steps does nothing under LoRA. here: pi_ref is the
         #      frozen start of stage 2, and stays so.
         self.reference = freeze_reference(model)
         # [D6] official leaves LoRA dropout on in every pass, so the ratio is not 1 at the first inner
         #      update. here: evaluation mode throughout stage 2, where it is exactly 1.
-        eval_mode(self.model)
+        eval_mode(model)
+        super().__init__(model, tokenizer, cfg, out, cfg.lr_rl, cfg.wd_rl, cfg.clip_rl, cfg.steps_rl)
+        self.examples, self.ask, self.reward, self.heldout = examples, ask, reward, heldout
         self.batch: list[Rollout] = []
         self.sample, self.span = "", cfg.mu
 
@@ -1574,8 +1594,10 @@ class DiffuGRPO(Stage):
         """Algorithm 1, lines 7 to 11: inner update k on its own prompt mask."""
         batch, k = divmod(self.step, self.cfg.mu)
         if k == 0 or not self.batch:
+            self.gather()
             with precision(self.device):
                 self.batch = [self.draw(micro) for micro in self.micro_batches(batch)]
+            self.scatter()
         rows = []
         for r in self.batch:
             # the gradient is averaged over processes once, with the last micro-batch
@@ -1598,9 +1620,11 @@ class DiffuGRPO(Stage):
         if self.heldout is None:
             return {}
         # [D18] official picks its best checkpoint on the test set. here: on held-out training data.
+        self.gather()
         score = self.heldout(self.model)
+        self.scatter()
         if self.best is None or score >= self.best[0]:
-            self.best = (score, self.step, [p.detach().cpu().clone() for p in self.params])
+            self.best = (score, self.step, [whole(p.detach()).cpu().clone() for p in self.params])
         return {"heldout_accuracy": score}
 
     @torch.no_grad()
@@ -1608,7 +1632,7 @@ class DiffuGRPO(Stage):
         """Load the weights that scored best on held-out problems."""
         if self.best and self.best[1] != self.step:
             screen.say(f"weights of step {self.best[1]} kept: best held-out accuracy, {100 * self.best[0]:.1f} %")
-            for p, best in zip(self.params, self.best[2], strict=True):
+            for p, best in zip([p for p in self.model.parameters() if p.requires_grad], self.best[2], strict=True):
                 p.copy_(best)
 
 def eval_mode(model) -> None:
@@ -1758,12 +1782,30 @@ def append_jsonl(path: Path, row: dict) -> None:
         with path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
 
+def whole(x):
+    """A tensor that FSDP shards, put together by all processes; anything else as it is."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+def shard_like(x: Tensor, p: Tensor) -> Tensor:
+    """A whole tensor as FSDP shards the parameter p, if it does and they have one shape."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    alike = isinstance(p, DTensor) and x.shape == p.shape
+    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) if alike else x
+
 def save_trainer(stage: Stage) -> None:
     """trainer/<stage>.pt: all that a resumed run needs, in one file: weights, optimizer, step, best."""
-    weights = [p.detach() for p in stage.params]
-    if not all(bool(torch.isfinite(w).all()) for w in weights):  # never overwrite a good checkpoint with a broken one
+    if not all(bool(torch.isfinite(whole(p.detach())).all()) for p in stage.params):
+        # never overwrite a good checkpoint with a broken one
         raise NonFiniteLoss(f"{stage.name} step {stage.step}: the weights are no longer finite")
-    state = dict(step=stage.step, weights=weights, optimizer=stage.optimizer.state_dict(), best=stage.best,
+
+    def keep(x: Tensor) -> Tensor | None:  # all processes put a tensor together, one keeps it
+        x = whole(x.detach()).cpu()
+        return x if processes().is_main_process else None
+
+    optimizer = stage.optimizer.state_dict()
+    optimizer["state"] = {i: {k: keep(v) for k, v in of_p.items()} for i, of_p in optimizer["state"].items()}
+    state = dict(step=stage.step, weights=[keep(p) for p in stage.params], optimizer=optimizer, best=stage.best,
                  settings=dataclasses.asdict(stage.cfg))
     write_whole(stage.out / "trainer" / f"{stage.name}.pt", lambda part: torch.save(state, part))
 
@@ -1774,13 +1816,15 @@ def load_trainer(stage: Stage) -> bool:
         drop_later_metrics(log, stage.name, 0)
         return False
     with refusing(f"{path} does not fit this run"), torch.no_grad():
-        state = torch.load(path, map_location=stage.device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         free = ("resume", "output_dir", "config", "threads", "debug", "skip_eval", "steps_rl")
         now = dataclasses.asdict(stage.cfg)
         if changed := [f"--{k} {v}" for k, v in state["settings"].items() if v != now[k] and k not in free]:
             raise ValueError(f"give the flags of the run that stopped: {', '.join(changed)}")
         for p, saved in zip(stage.params, state["weights"], strict=True):
-            p.copy_(saved)
+            p.copy_(shard_like(saved, p))
+        for i, of_p in state["optimizer"]["state"].items():
+            of_p |= {k: shard_like(v, stage.params[i]) for k, v in of_p.items()}
         stage.optimizer.load_state_dict(state["optimizer"])
         stage.step, stage.best = state["step"], state["best"]
     drop_later_metrics(log, stage.name, stage.step)
