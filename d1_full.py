@@ -1326,15 +1326,21 @@ class Stage:
         self.streams, self.lr, self.clip, self.total, self.step = Streams(cfg.seed), lr, clip, total, 0
         self.accel = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")  # `precision` sees to it
         kind, sharded = str(self.accel.distributed_type).split(".")[1], self.accel.is_fsdp2
-        if kind not in ("NO", "MULTI_CPU", "MULTI_GPU") and not sharded:
-            raise UserError(f"cannot train under {kind}: launch with DDP, or with FSDP and fsdp_version: 2")
+        plugin = self.accel.state.deepspeed_plugin
+        if (kind == "FSDP" and not sharded) or (plugin and plugin.zero_stage not in (1, 2)):
+            raise UserError(f"{kind} in a form that is not supported: launch with fsdp_version: 2, or zero_stage: 2")
+        if plugin:  # it clips as it steps
+            plugin.deepspeed_config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
+                                        "gradient_clipping": clip, "zero_force_ds_cpu_optimizer": False}
         self.rank, self.world, self.device = self.accel.process_index, self.accel.num_processes, self.accel.device
         # `net` is the model as it is trained: with several processes, its backward averages the gradient over them.
         # FSDP shards a twin with the same parameters, so that `model` stays a plain one, which `gather` fills
         net = copy.deepcopy(model, {id(p): p for p in model.parameters()}) if sharded else model
         params = [p for p in net.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=wd, fused=True)
-        self.net, self.optimizer = self.accel.prepare(net, optimizer)
+        self.adam = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=wd, fused=True)
+        self.net, self.optimizer = self.accel.prepare(net, self.adam)
+        # DeepSpeed shards the optimizer alone; its engine would turn autocast off in a forward pass
+        self.engine, self.net = (self.net, model) if plugin else (None, self.net)
         self.params = [p for p in self.net.parameters() if p.requires_grad]
         self.scatter()
         self.best = None  # (held-out score, step, weights): see DiffuGRPO
@@ -1377,19 +1383,27 @@ class Stage:
         """Accumulate the gradient of share * loss; NonFiniteLoss if the loss is no number."""
         if not torch.isfinite(loss):
             raise NonFiniteLoss(f"{self.name} step {self.step + 1}: the loss is {loss.item()} on {self.batch_name()}")
-        (loss * share).backward()
+        (self.engine or Tensor).backward(loss * share)
+
+    def part(self, last: bool):
+        """Context of one of an update's parts: the gradient is averaged over processes once, with the last."""
+        if self.engine:
+            self.engine.set_gradient_accumulation_boundary(last)
+        return contextlib.nullcontext() if last else self.accel.no_sync(self.net)
 
     def apply_gradient(self) -> float:
         """Clip, update, clear. Returns the gradient's norm before clipping."""
-        norm = whole(self.accel.clip_grad_norm_(self.params, self.clip or math.inf))
-        if not torch.isfinite(norm):
-            what = f"the gradient's norm is {norm.item()} on {self.batch_name()}"
-            raise NonFiniteLoss(f"{self.name} step {self.step + 1}: {what}")
         for g in self.optimizer.param_groups:
             g["lr"] = self.rate()
+        if self.engine:
+            self.engine.step()  # the same three; `optimizer` does nothing then
+        norm = float(whole(self.accel.clip_grad_norm_(self.params, self.clip or math.inf)))
+        if not math.isfinite(norm):
+            what = f"the gradient's norm is {norm} on {self.batch_name()}"
+            raise NonFiniteLoss(f"{self.name} step {self.step + 1}: {what}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.item()
+        return norm
 
     def run(self, screen: Screen) -> None:
         """Update until `total` steps are done; log each, save every `save_steps`."""
@@ -1410,6 +1424,8 @@ class Stage:
                 screen.advance(figures, 0)
                 save_trainer(self)
         self.gather()  # for good
+        if self.engine:
+            self.engine.destroy()  # it listens to the parameters, which a next stage trains too
         screen.stop()
 
 class MaskedSFT(Stage):
@@ -1481,7 +1497,7 @@ class MaskedSFT(Stage):
         stop = (self.rank + 1) * size
         spans = [slice(i, min(i + self.cfg.rows_sft, stop)) for i in range(stop - size, stop, self.cfg.rows_sft)]
         for span in spans:
-            with contextlib.nullcontext() if span is spans[-1] else self.accel.no_sync(self.net):
+            with self.part(last=span is spans[-1]):
                 loss, metrics = self.nelbo(rows, ("sft_mask", self.step), span)
                 self.backward(loss, self.world)  # the mean over processes is then the gradient of the whole batch
             logged.append({"loss": loss.item() * self.world * len(spans), **{k: v.item() for k, v in metrics.items()}})
@@ -1600,9 +1616,7 @@ class DiffuGRPO(Stage):
             self.scatter()
         rows = []
         for r in self.batch:
-            # the gradient is averaged over processes once, with the last micro-batch
-            sync = contextlib.nullcontext() if r is self.batch[-1] else self.accel.no_sync(self.net)
-            with sync, precision(self.device):
+            with self.part(last=r is self.batch[-1]), precision(self.device):
                 logp = one_step_logp(self.net, r.prompt, r.completion, r.hide[k], self.tokenizer.mask_token_id, r.real)
                 loss, metrics = diffu_grpo_loss(
                     logp, r.logp_old[k], r.logp_ref[k] if r.logp_ref else None, r.advantages, r.live,
@@ -1764,9 +1778,9 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
     write_whole(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write aside, fsync, rename: after a kill the old file or the new one is there. One process writes."""
-    if not processes().is_main_process:
+def write_whole(path: Path, write: Callable[[Path], Any], by_all: bool = False) -> None:
+    """Write aside, fsync, rename: after a kill the old file or the new one is there. One process writes, or all do."""
+    if not (by_all or processes().is_main_process):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -1793,6 +1807,10 @@ def shard_like(x: Tensor, p: Tensor) -> Tensor:
     alike = isinstance(p, DTensor) and x.shape == p.shape
     return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) if alike else x
 
+def zero_file(stage: Stage) -> Path:
+    """Where a process keeps its share of the optimizer under DeepSpeed."""
+    return stage.out / "trainer" / f"{stage.name}-{stage.step}-{stage.rank}of{stage.world}.pt"
+
 def save_trainer(stage: Stage) -> None:
     """trainer/<stage>.pt: all that a resumed run needs, in one file: weights, optimizer, step, best."""
     if not all(bool(torch.isfinite(whole(p.detach())).all()) for p in stage.params):
@@ -1803,11 +1821,19 @@ def save_trainer(stage: Stage) -> None:
         x = whole(x.detach()).cpu()
         return x if processes().is_main_process else None
 
-    optimizer = stage.optimizer.state_dict()
+    path, optimizer = stage.out / "trainer" / f"{stage.name}.pt", stage.adam.state_dict()
+    if stage.engine:  # a file for each process, whole before the one that names the step
+        write_whole(zero_file(stage), functools.partial(torch.save, optimizer), by_all=True)
+        processes().wait_for_everyone()
+        optimizer["state"] = {}
     optimizer["state"] = {i: {k: keep(v) for k, v in of_p.items()} for i, of_p in optimizer["state"].items()}
     state = dict(step=stage.step, weights=[keep(p) for p in stage.params], optimizer=optimizer, best=stage.best,
                  settings=dataclasses.asdict(stage.cfg))
-    write_whole(stage.out / "trainer" / f"{stage.name}.pt", lambda part: torch.save(state, part))
+    write_whole(path, lambda part: torch.save(state, part))
+    if stage.engine:
+        processes().wait_for_everyone()
+        for file in {*path.parent.glob(f"{stage.name}-*-{stage.rank}of*.pt")} - {zero_file(stage)}:
+            file.unlink()
 
 def load_trainer(stage: Stage) -> bool:
     """Continue a stage from its last checkpoint; False if there is none. Draws depend on seed and step alone."""
@@ -1825,8 +1851,11 @@ def load_trainer(stage: Stage) -> bool:
             p.copy_(shard_like(saved, p))
         for i, of_p in state["optimizer"]["state"].items():
             of_p |= {k: shard_like(v, stage.params[i]) for k, v in of_p.items()}
-        stage.optimizer.load_state_dict(state["optimizer"])
         stage.step, stage.best = state["step"], state["best"]
+        if stage.engine:
+            stage.engine.optimizer.refresh_fp32_params()
+            state["optimizer"] = torch.load(zero_file(stage), map_location="cpu", weights_only=True)
+        stage.adam.load_state_dict(state["optimizer"])
     drop_later_metrics(log, stage.name, stage.step)
     return True
 
