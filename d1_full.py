@@ -1329,12 +1329,13 @@ class Stage:
         plugin = self.accel.state.deepspeed_plugin
         if (kind == "FSDP" and not sharded) or (plugin and plugin.zero_stage not in (1, 2)):
             raise UserError(f"{kind} in a form that is not supported: launch with fsdp_version: 2, or zero_stage: 2")
-        if plugin:  # it clips as it steps
-            plugin.deepspeed_config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
-                                        "gradient_clipping": clip, "zero_force_ds_cpu_optimizer": False}
+        if plugin:  # it counts no rows, clips as it steps, and would round the weights
+            plugin.deepspeed_config |= {
+                "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": clip,
+                "bf16": {"enabled": False}, "fp16": {"enabled": False}, "zero_force_ds_cpu_optimizer": False}
         self.rank, self.world, self.device = self.accel.process_index, self.accel.num_processes, self.accel.device
         # `net` is the model as it is trained: with several processes, its backward averages the gradient over them.
-        # FSDP shards a twin with the same parameters, so that `model` stays a plain one, which `gather` fills
+        # FSDP shards a twin with the same parameters, so that `model` stays a plain one, which `fill_model` fills
         net = copy.deepcopy(model, {id(p): p for p in model.parameters()}) if sharded else model
         params = [p for p in net.parameters() if p.requires_grad]
         self.adam = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=wd, fused=True)
@@ -1342,23 +1343,15 @@ class Stage:
         # DeepSpeed shards the optimizer alone; its engine would turn autocast off in a forward pass
         self.engine, self.net = (self.net, model) if plugin else (None, self.net)
         self.params = [p for p in self.net.parameters() if p.requires_grad]
-        self.scatter()
+        self.fill_model(empty=True)
         self.best = None  # (held-out score, step, weights): see DiffuGRPO
         self.span = 1  # steps from one place to resume at to the next
 
-    def gather(self) -> None:
-        """Under FSDP, put the weights together in `model`: each process can then make passes of its own."""
-        for p, shard in self.apart():
-            p.data = whole(shard.detach()).to(self.device)
-
-    def scatter(self) -> None:
-        """Under FSDP, leave the weights to the shards of `net` alone."""
-        for p, _ in self.apart():
-            p.data = p.data.new_empty(0)
-
-    def apart(self) -> list[tuple[Tensor, Tensor]]:
-        """The parameters of `model` and `net` that are not the same ones: under FSDP all but 4-bit ones, else none."""
-        return [(p, q) for p, q in zip(self.model.parameters(), self.net.parameters(), strict=True) if p is not q]
+    def fill_model(self, empty: bool = False) -> None:
+        """Under FSDP, put the weights together in `model`, for passes that not all processes make alike."""
+        for p, shard in zip(self.model.parameters(), self.net.parameters(), strict=True):
+            if p is not shard:  # without FSDP, or in 4 bits, it is
+                p.data = p.data.new_empty(0) if empty else whole(shard.detach()).to(self.device)
 
     @contextlib.contextmanager
     def dropout_from(self, *key):
@@ -1383,7 +1376,8 @@ class Stage:
         """Accumulate the gradient of share * loss; NonFiniteLoss if the loss is no number."""
         if not torch.isfinite(loss):
             raise NonFiniteLoss(f"{self.name} step {self.step + 1}: the loss is {loss.item()} on {self.batch_name()}")
-        (self.engine or Tensor).backward(loss * share)
+        backward = self.engine.backward if self.engine else Tensor.backward
+        backward(loss * share)
 
     def part(self, last: bool):
         """Context of one of an update's parts: the gradient is averaged over processes once, with the last."""
@@ -1423,7 +1417,7 @@ class Stage:
                 append_jsonl(self.out / "metrics.jsonl", {"stage": self.name, "step": self.step, **figures})
                 screen.advance(figures, 0)
                 save_trainer(self)
-        self.gather()  # for good
+        self.fill_model()  # for good
         if self.engine:
             self.engine.destroy()  # it listens to the parameters, which a next stage trains too
         screen.stop()
@@ -1610,10 +1604,10 @@ class DiffuGRPO(Stage):
         """Algorithm 1, lines 7 to 11: inner update k on its own prompt mask."""
         batch, k = divmod(self.step, self.cfg.mu)
         if k == 0 or not self.batch:
-            self.gather()
+            self.fill_model()
             with precision(self.device):
                 self.batch = [self.draw(micro) for micro in self.micro_batches(batch)]
-            self.scatter()
+            self.fill_model(empty=True)
         rows = []
         for r in self.batch:
             with self.part(last=r is self.batch[-1]), precision(self.device):
@@ -1634,9 +1628,9 @@ class DiffuGRPO(Stage):
         if self.heldout is None:
             return {}
         # [D18] official picks its best checkpoint on the test set. here: on held-out training data.
-        self.gather()
+        self.fill_model()
         score = self.heldout(self.model)
-        self.scatter()
+        self.fill_model(empty=True)
         if self.best is None or score >= self.best[0]:
             self.best = (score, self.step, [whole(p.detach()).cpu().clone() for p in self.params])
         return {"heldout_accuracy": score}
@@ -1778,9 +1772,9 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
     write_whole(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
 
-def write_whole(path: Path, write: Callable[[Path], Any], by_all: bool = False) -> None:
-    """Write aside, fsync, rename: after a kill the old file or the new one is there. One process writes, or all do."""
-    if not (by_all or processes().is_main_process):
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write aside, fsync, rename: after a kill the old file or the new one is there. One process writes."""
+    if not processes().is_main_process:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -1807,33 +1801,32 @@ def shard_like(x: Tensor, p: Tensor) -> Tensor:
     alike = isinstance(p, DTensor) and x.shape == p.shape
     return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) if alike else x
 
-def zero_file(stage: Stage) -> Path:
-    """Where a process keeps its share of the optimizer under DeepSpeed."""
-    return stage.out / "trainer" / f"{stage.name}-{stage.step}-{stage.rank}of{stage.world}.pt"
-
 def save_trainer(stage: Stage) -> None:
     """trainer/<stage>.pt: all that a resumed run needs, in one file: weights, optimizer, step, best."""
-    if not all(bool(torch.isfinite(whole(p.detach())).all()) for p in stage.params):
-        # never overwrite a good checkpoint with a broken one
-        raise NonFiniteLoss(f"{stage.name} step {stage.step}: the weights are no longer finite")
+    main, path = processes().is_main_process, stage.out / "trainer" / f"{stage.name}.pt"
 
     def keep(x: Tensor) -> Tensor | None:  # all processes put a tensor together, one keeps it
         x = whole(x.detach()).cpu()
-        return x if processes().is_main_process else None
+        return x if main else None
 
-    path, optimizer = stage.out / "trainer" / f"{stage.name}.pt", stage.adam.state_dict()
-    if stage.engine:  # a file for each process, whole before the one that names the step
-        write_whole(zero_file(stage), functools.partial(torch.save, optimizer), by_all=True)
+    if not all(bool(torch.isfinite(whole(p.detach())).all()) for p in stage.params):
+        # never overwrite a good checkpoint with a broken one
+        raise NonFiniteLoss(f"{stage.name} step {stage.step}: the weights are no longer finite")
+    optimizer, shares = stage.adam.state_dict(), {}
+    if stage.engine:  # every process has a share of the state, too large to send: it goes through a file
+        shares = {f"{i} of {stage.world}": path.with_suffix(f".{i}") for i in range(stage.world)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(optimizer, path.with_suffix(f".{stage.rank}"))
         processes().wait_for_everyone()
-        optimizer["state"] = {}
-    optimizer["state"] = {i: {k: keep(v) for k, v in of_p.items()} for i, of_p in optimizer["state"].items()}
+        optimizer = {k: torch.load(share, mmap=True) for k, share in shares.items() if main}
+    else:
+        optimizer["state"] = {i: {k: keep(v) for k, v in of_p.items()} for i, of_p in optimizer["state"].items()}
     state = dict(step=stage.step, weights=[keep(p) for p in stage.params], optimizer=optimizer, best=stage.best,
                  settings=dataclasses.asdict(stage.cfg))
     write_whole(path, lambda part: torch.save(state, part))
-    if stage.engine:
-        processes().wait_for_everyone()
-        for file in {*path.parent.glob(f"{stage.name}-*-{stage.rank}of*.pt")} - {zero_file(stage)}:
-            file.unlink()
+    for share in shares.values():
+        if main:
+            share.unlink()
 
 def load_trainer(stage: Stage) -> bool:
     """Continue a stage from its last checkpoint; False if there is none. Draws depend on seed and step alone."""
@@ -1849,13 +1842,13 @@ def load_trainer(stage: Stage) -> bool:
             raise ValueError(f"give the flags of the run that stopped: {', '.join(changed)}")
         for p, saved in zip(stage.params, state["weights"], strict=True):
             p.copy_(shard_like(saved, p))
+        if stage.engine:
+            stage.engine.optimizer.refresh_fp32_params()  # its own copy of the weights
+            state["optimizer"] = state["optimizer"][f"{stage.rank} of {stage.world}"]
         for i, of_p in state["optimizer"]["state"].items():
             of_p |= {k: shard_like(v, stage.params[i]) for k, v in of_p.items()}
-        stage.step, stage.best = state["step"], state["best"]
-        if stage.engine:
-            stage.engine.optimizer.refresh_fp32_params()
-            state["optimizer"] = torch.load(zero_file(stage), map_location="cpu", weights_only=True)
         stage.adam.load_state_dict(state["optimizer"])
+        stage.step, stage.best = state["step"], state["best"]
     drop_later_metrics(log, stage.name, stage.step)
     return True
 
