@@ -725,7 +725,6 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
 
     transformers.logging.set_verbosity_error()  # its notes on class names would drown ours
     transformers.logging.disable_progress_bar()
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else one process has the weights, the others none
     device = torch.device(device or processes().device)
     if name == "tiny":
         tokenizer = build_tokenizer()
