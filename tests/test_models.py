@@ -494,7 +494,7 @@ if torch.distributed.is_initialized():
 SHARDED = {  # what `accelerate launch` puts into the environment
     "ddp": {},
     "fsdp": dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
-                 FSDP_RESHARD_AFTER_FORWARD="true"),
+                 FSDP_RESHARD_AFTER_FORWARD="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true"),
     "zero2": dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="2", DS_ACCELERATOR="cpu"),
 }
 
