@@ -1325,10 +1325,11 @@ class Stage:
         self.model, self.tokenizer, self.cfg, self.out = model, tokenizer, cfg, Path(out)
         self.streams, self.lr, self.clip, self.total, self.step = Streams(cfg.seed), lr, clip, total, 0
         self.accel = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")  # `precision` sees to it
-        kind, sharded = str(self.accel.distributed_type).split(".")[1], self.accel.is_fsdp2
-        plugin = self.accel.state.deepspeed_plugin
-        if (kind == "FSDP" and not sharded) or (plugin and plugin.zero_stage not in (1, 2)):
-            raise UserError(f"{kind} in a form that is not supported: launch with fsdp_version: 2, or zero_stage: 2")
+        sharded, plugin = self.accel.is_fsdp2, self.accel.state.deepspeed_plugin
+        if "FSDP" in self.accel.distributed_type and not sharded:
+            raise UserError("FSDP 1 is not supported: launch with fsdp_version: 2")
+        if plugin and plugin.zero_stage not in (1, 2):
+            raise UserError(f"ZeRO-{plugin.zero_stage} is not supported: launch with zero_stage: 2, or FSDP 2")
         if plugin:  # it counts no rows, clips as it steps, and would round the weights
             plugin.deepspeed_config |= {
                 "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": clip,
@@ -1376,10 +1377,9 @@ class Stage:
         """Accumulate the gradient of share * loss; NonFiniteLoss if the loss is no number."""
         if not torch.isfinite(loss):
             raise NonFiniteLoss(f"{self.name} step {self.step + 1}: the loss is {loss.item()} on {self.batch_name()}")
-        backward = self.engine.backward if self.engine else Tensor.backward
-        backward(loss * share)
+        (self.engine.backward if self.engine else Tensor.backward)(loss * share)
 
-    def part(self, last: bool):
+    def part(self, last: bool) -> contextlib.AbstractContextManager:
         """Context of one of an update's parts: the gradient is averaged over processes once, with the last."""
         if self.engine:
             self.engine.set_gradient_accumulation_boundary(last)
@@ -1803,30 +1803,27 @@ def shard_like(x: Tensor, p: Tensor) -> Tensor:
 
 def save_trainer(stage: Stage) -> None:
     """trainer/<stage>.pt: all that a resumed run needs, in one file: weights, optimizer, step, best."""
-    main, path = processes().is_main_process, stage.out / "trainer" / f"{stage.name}.pt"
+    main, folder, optimizer = processes().is_main_process, stage.out / "trainer", stage.adam.state_dict()
 
     def keep(x: Tensor) -> Tensor | None:  # all processes put a tensor together, one keeps it
         x = whole(x.detach()).cpu()
         return x if main else None
 
-    if not all(bool(torch.isfinite(whole(p.detach())).all()) for p in stage.params):
-        # never overwrite a good checkpoint with a broken one
+    if not all(bool(torch.isfinite(whole(p.detach())).all()) for p in stage.params):  # a good checkpoint stays
         raise NonFiniteLoss(f"{stage.name} step {stage.step}: the weights are no longer finite")
-    optimizer, shares = stage.adam.state_dict(), {}
     if stage.engine:  # every process has a share of the state, too large to send: it goes through a file
-        shares = {f"{i} of {stage.world}": path.with_suffix(f".{i}") for i in range(stage.world)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(optimizer, path.with_suffix(f".{stage.rank}"))
+        shares = [folder / "shares" / f"{i} of {stage.world}" for i in range(stage.world)]
+        shares[0].parent.mkdir(parents=True, exist_ok=True)
+        torch.save(optimizer, shares[stage.rank])
         processes().wait_for_everyone()
-        optimizer = {k: torch.load(share, mmap=True) for k, share in shares.items() if main}
+        optimizer = {share.name: torch.load(share, mmap=True) for share in shares if main}
     else:
         optimizer["state"] = {i: {k: keep(v) for k, v in of_p.items()} for i, of_p in optimizer["state"].items()}
     state = dict(step=stage.step, weights=[keep(p) for p in stage.params], optimizer=optimizer, best=stage.best,
                  settings=dataclasses.asdict(stage.cfg))
-    write_whole(path, lambda part: torch.save(state, part))
-    for share in shares.values():
-        if main:
-            share.unlink()
+    write_whole(folder / f"{stage.name}.pt", lambda part: torch.save(state, part))
+    if main:
+        shutil.rmtree(folder / "shares", ignore_errors=True)
 
 def load_trainer(stage: Stage) -> bool:
     """Continue a stage from its last checkpoint; False if there is none. Draws depend on seed and step alone."""
