@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -545,6 +546,18 @@ def test_two_processes_do_what_one_does(kind, lora, launched):
     name = "adapter_model.safetensors" if lora else "model.safetensors"
     weights = [load_file(f / name) for f in folders]
     assert max((weights[0][k] - weights[1][k]).abs().max().item() for k in weights[0]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "advice"), [("FSDP", None, "fsdp_version: 2"), ("DEEPSPEED", 3, "zero_stage: 2")])
+def test_fsdp_1_and_zero_3_are_refused(kind, stage, advice, quick, tmp_path, monkeypatch):
+    """The launch as accelerate tells of it, since it makes neither on a CPU."""
+    state = SimpleNamespace(deepspeed_plugin=stage and SimpleNamespace(zero_stage=stage))
+    accelerator = SimpleNamespace(distributed_type=kind, is_fsdp2=False, state=state)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: accelerator)
+    model, tok = d1.load_model("tiny", device="cpu")
+    with pytest.raises(d1.UserError, match=advice):
+        d1.MaskedSFT(model, tok, [([1, 2, 3], 1)], quick(), tmp_path)
 
 
 def test_the_plan_counts_what_backward_keeps():
