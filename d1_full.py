@@ -1392,7 +1392,7 @@ class Stage:
         if self.engine:
             self.engine.step()  # the same three; `optimizer` does nothing then
         norm = float(whole(self.accel.clip_grad_norm_(self.params, self.clip or math.inf)))
-        if not math.isfinite(norm):
+        if not 0 <= norm < math.inf:  # DeepSpeed says -1
             what = f"the gradient's norm is {norm} on {self.batch_name()}"
             raise NonFiniteLoss(f"{self.name} step {self.step + 1}: {what}")
         self.optimizer.step()
@@ -1816,7 +1816,7 @@ def save_trainer(stage: Stage) -> None:
         shares[0].parent.mkdir(parents=True, exist_ok=True)
         torch.save(optimizer, shares[stage.rank])
         processes().wait_for_everyone()
-        optimizer = {share.name: torch.load(share, mmap=True) for share in shares if main}
+        optimizer = {share.name: torch.load(share, map_location="cpu", mmap=True) for share in shares if main}
     else:
         optimizer["state"] = {i: {k: keep(v) for k, v in of_p.items()} for i, of_p in optimizer["state"].items()}
     state = dict(step=stage.step, weights=[keep(p) for p in stage.params], optimizer=optimizer, best=stage.best,
