@@ -1425,17 +1425,42 @@ class Stage:
 
         self.model, self.tokenizer, self.cfg, self.out = model, tokenizer, cfg, Path(out)
         self.streams, self.lr, self.clip, self.total, self.step = Streams(cfg.seed), lr, clip, total, 0
-        self.params = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(self.params, lr=lr, betas=(0.9, 0.99), weight_decay=wd, fused=True)
-        self.accel = Accelerator(cpu=not torch.cuda.is_available())
-        if str(self.accel.distributed_type).split(".")[1] not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-            raise UserError("several processes each hold the model (DDP): launch without FSDP and DeepSpeed")
+        self.accel = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")  # `precision` sees to it
+        sharded, zero = self.accel.is_fsdp2, self.accel.state.deepspeed_plugin
+        if ("FSDP" in self.accel.distributed_type and not sharded) or (zero and zero.zero_stage not in (1, 2)):
+            raise UserError("this form of sharding is not supported: launch with fsdp_version: 2, or zero_stage: 2")
+        if zero:  # DeepSpeed counts no rows here, clips as it steps, and would round the weights
+            zero.deepspeed_config |= {
+                "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": clip,
+                "bf16": {"enabled": False}, "fp16": {"enabled": False}, "zero_force_ds_cpu_optimizer": False}
         self.rank, self.world, self.device = self.accel.process_index, self.accel.num_processes, self.accel.device
-        # `net` is the model as it is trained: with several processes, its backward averages the gradient over them
-        self.net, self.optimizer = self.accel.prepare(model, optimizer)
+        # `net` is the model as it is trained: with several processes, its backward averages the gradient over them.
+        # FSDP shards a twin with the same parameters, so that `model` stays a plain one, which `fill_model` fills.
+        # DeepSpeed shards the optimizer alone; its engine's forward pass would turn autocast off.
+        net = copy.deepcopy(model, {id(p): p for p in model.parameters()}) if sharded else model
+        params = [p for p in net.parameters() if p.requires_grad]
+        self.adam = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=wd, fused=True)
+        prepared, self.optimizer = self.accel.prepare(net, self.adam)
+        self.net, self.engine = (model, prepared) if zero else (prepared, None)
+        self.params = [p for p in self.net.parameters() if p.requires_grad]
+        self.fill_model(empty=True)
+        self.share = f".{self.rank}_of_{self.world}" if sharded or zero else ""  # whose part of the state this holds
+        self.checkpoint = self.out / "trainer" / f"{self.name}{self.share}.pt"
         self.best = None  # (held-out score, step, weights): see DiffuGRPO
         self.score, self.stale = math.nan, 0  # of the last held-out check; checks since the last better one
         self.span = 1  # steps from one place to resume at to the next
+
+    def fill_model(self, empty: bool = False) -> None:
+        """Under FSDP, put the weights together in `model`, for passes that not all processes make alike."""
+        for p, shard in zip(self.model.parameters(), self.net.parameters(), strict=True):
+            if p is not shard:  # without FSDP, or in 4 bits, it is
+                p.data = p.data.new_empty(0) if empty else whole(shard.detach()).to(self.device)
+
+    def finish(self, screen: Screen) -> None:
+        """After the last step: `model` holds the weights for good, and nothing listens to them any more."""
+        self.fill_model()
+        if self.engine:
+            self.engine.destroy()
 
     @contextlib.contextmanager
     def dropout_from(self, *key):
@@ -1460,19 +1485,27 @@ class Stage:
         """Accumulate the gradient of share * loss; NonFiniteLoss if the loss is no number."""
         if not torch.isfinite(loss):
             raise NonFiniteLoss(f"{self.name} step {self.step + 1}: the loss is {loss.item()} on {self.batch_name()}")
-        (loss * share).backward()
+        (self.engine.backward if self.engine else Tensor.backward)(loss * share)
+
+    def part(self, last: bool) -> contextlib.AbstractContextManager:
+        """Context of one of an update's parts: the gradient is averaged over processes once, with the last."""
+        if self.engine:
+            self.engine.set_gradient_accumulation_boundary(last)
+        return contextlib.nullcontext() if last else self.accel.no_sync(self.net)
 
     def apply_gradient(self) -> float:
         """Clip, update, clear. Returns the gradient's norm before clipping."""
-        norm = self.accel.clip_grad_norm_(self.params, self.clip or math.inf)
-        if not torch.isfinite(norm):
-            what = f"the gradient's norm is {norm.item()} on {self.batch_name()}"
-            raise NonFiniteLoss(f"{self.name} step {self.step + 1}: {what}")
         for g in self.optimizer.param_groups:
             g["lr"] = self.rate()
+        if self.engine:
+            self.engine.step()  # the same three; `optimizer` does nothing then
+        norm = float(whole(self.accel.clip_grad_norm_(self.params, self.clip or math.inf)))
+        if not 0 <= norm < math.inf:  # DeepSpeed says -1
+            where = f"{self.name} step {self.step + 1}"
+            raise NonFiniteLoss(f"{where}: the gradient's norm is {norm} on {self.batch_name()}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.item()
+        return norm
 
     def run(self, screen: Screen) -> None:
         """Update until `total` steps are done; log each, save every `save_steps`."""
@@ -1557,13 +1590,13 @@ class MaskedSFT(Stage):
         return loss * share.item(), metrics
 
     def update(self) -> dict[str, float]:
-        self.model.train()
+        self.net.train()
         rows, logged = [self.rows[i] for i in self.indices()], []
         size = self.cfg.bs_sft // self.world
         stop = (self.rank + 1) * size
         spans = [slice(i, min(i + self.cfg.rows_sft, stop)) for i in range(stop - size, stop, self.cfg.rows_sft)]
         for span in spans:
-            with contextlib.nullcontext() if span is spans[-1] else self.accel.no_sync(self.net):
+            with self.part(last=span is spans[-1]):
                 loss, metrics = self.nelbo(rows, ("sft_mask", self.step), span)
                 self.backward(loss, self.world)  # the mean over processes is then the gradient of the whole batch
             logged.append({"loss": loss.item() * self.world * len(spans), **{k: v.item() for k, v in metrics.items()}})
@@ -1572,7 +1605,7 @@ class MaskedSFT(Stage):
     @torch.no_grad()
     def check(self, screen: Screen) -> dict[str, float]:
         """Held-out loss, with the same masks at every check."""
-        self.model.eval()
+        self.net.eval()
         size = self.cfg.rows_sft
         parts = [self.heldout[i : i + size] for i in range(0, len(self.heldout), size)]
         losses = [self.nelbo(p, ("sft_check", i))[0].item() * len(p) for i, p in enumerate(parts)]
@@ -1604,15 +1637,15 @@ class DiffuGRPO(Stage):
 
     def __init__(self, model, tokenizer, examples: Sequence[dict], ask: Callable, reward: Callable, cfg: Settings,
                  out: Path, heldout: Callable | None = None):
-        super().__init__(model, tokenizer, cfg, out, cfg.lr_rl, cfg.wd_rl, cfg.clip_rl, cfg.steps_rl)
-        self.examples, self.ask, self.reward, self.heldout = examples, ask, reward, heldout
         check_positions(model, cfg.max_prompt + cfg.gen_length)
         # [D8] official's reference sync every 64 steps does nothing under LoRA. here: pi_ref is the
         #      frozen start of stage 2, and stays so.
         self.reference = freeze_reference(model)
         # [D6] official leaves LoRA dropout on in every pass, so the ratio is not 1 at the first inner
         #      update. here: evaluation mode throughout stage 2, where it is exactly 1.
-        eval_mode(self.model)
+        eval_mode(model)
+        super().__init__(model, tokenizer, cfg, out, cfg.lr_rl, cfg.wd_rl, cfg.clip_rl, cfg.steps_rl)
+        self.examples, self.ask, self.reward, self.heldout = examples, ask, reward, heldout
         self.batch: list[Rollout] = []
         self.sample, self.span = "", cfg.mu
 
@@ -1676,13 +1709,13 @@ class DiffuGRPO(Stage):
         """Algorithm 1, lines 7 to 11: inner update k on its own prompt mask."""
         batch, k = divmod(self.step, self.cfg.mu)
         if k == 0 or not self.batch:
+            self.fill_model()
             with precision(self.device):
                 self.batch = [self.draw(micro) for micro in self.micro_batches(batch)]
+            self.fill_model(empty=True)
         rows = []
         for r in self.batch:
-            # the gradient is averaged over processes once, with the last micro-batch
-            sync = contextlib.nullcontext() if r is self.batch[-1] else self.accel.no_sync(self.net)
-            with sync, precision(self.device):
+            with self.part(last=r is self.batch[-1]), precision(self.device):
                 logp = one_step_logp(self.net, r.prompt, r.completion, r.hide[k], self.tokenizer.mask_token_id, r.real)
                 loss, metrics = diffu_grpo_loss(
                     logp, r.logp_old[k], r.logp_ref[k] if r.logp_ref else None, r.advantages, r.live,
@@ -1700,15 +1733,17 @@ class DiffuGRPO(Stage):
         if self.heldout is None:
             return {}
         # [D18] official picks its best checkpoint on the test set. here: on held-out training data.
+        self.fill_model()
         score = self.heldout(self.model)
+        self.fill_model(empty=True)
         self.score = score
         self.stale = 0 if self.best is None or score > self.best[0] else self.stale + 1
         if self.best is None or score >= self.best[0]:
-            self.best = (score, self.step, [p.detach().cpu().clone() for p in self.params])
+            self.best = (score, self.step, [local(p).cpu().clone() for p in self.params])
         return {"heldout_accuracy": score}
 
     @torch.no_grad()
-    def restore_best(self, screen: Screen) -> None:
+    def finish(self, screen: Screen) -> None:
         """Load the weights that scored best on held-out problems."""
         if self.step < self.total:
             screen.say(f"stopped at step {self.step}: no better held-out accuracy in {self.stale} checks (--patience)")
@@ -1716,7 +1751,8 @@ class DiffuGRPO(Stage):
             screen.say(f"weights of step {self.best[1]} kept: held-out accuracy {100 * self.best[0]:.1f} %, the best; "
                        f"the last, of step {self.step}, had {100 * self.score:.1f} %")
             for p, best in zip(self.params, self.best[2], strict=True):
-                p.copy_(best)
+                local(p).copy_(best)
+        super().finish(screen)
 
 def eval_mode(model) -> None:
     """No dropout. Gradient checkpointing, which transformers does in training mode only, stays on."""
@@ -1842,6 +1878,7 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
         stamp = hashlib.sha256(repr((weights, prompts, length, cfg.block_length)).encode()).hexdigest()[:16]
         (parts := path.with_suffix(".parts")).mkdir(parents=True, exist_ok=True)  # a file a process
         done = finished_replies(path, stamp)
+        processes().wait_for_everyone()  # all have read the same before anybody writes
         screen.start(f"eval {row} {length}", len(prompts), len(done))
         with (parts / f"{rank}.jsonl").open("a", encoding="utf-8") as f:
             f.write("\n")  # ends a line that a kill may have cut short
@@ -1875,9 +1912,9 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
     write_whole(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write aside, fsync, rename: after a kill the old file or the new one is there. One process writes."""
-    if not processes().is_main_process:
+def write_whole(path: Path, write: Callable[[Path], Any], everyone: bool = False) -> None:
+    """Write aside, fsync, rename: after a kill the old file or the new one is there. One process writes, or all."""
+    if not (everyone or processes().is_main_process):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -1885,6 +1922,8 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     part.chmod(0o644)
     with part.open("rb") as f:
         os.fsync(f.fileno())
+    if everyone:
+        processes().wait_for_everyone()  # all new or all old
     os.replace(part, path)
 
 def read_log(path: Path) -> list:
@@ -1901,28 +1940,52 @@ def append_jsonl(path: Path, row: dict) -> None:
         with path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
 
+def whole(x):
+    """A tensor that FSDP shards, put together by all processes; anything else as it is."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+def local(p: Tensor) -> Tensor:
+    """This process's piece of a tensor that FSDP shards; any other tensor as it is. Without gradient."""
+    return p.detach().to_local() if hasattr(p, "to_local") else p.detach()
+
+def shard_like(x: Tensor, p: Tensor) -> Tensor:
+    """A piece of the optimizer's state, as FSDP has it for a parameter p that it shards."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(p, DTensor) or x.ndim == 0:
+        return x
+    return DTensor.from_local(x.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+
 def save_trainer(stage: Stage) -> None:
-    """trainer/<stage>.pt: all that a resumed run needs, in one file: weights, optimizer, step, best."""
-    weights = [p.detach() for p in stage.params]
+    """trainer/<stage>.pt: weights, optimizer, step, best. Where the state is sharded, a file a process."""
+    weights, optimizer = [local(p) for p in stage.params], stage.adam.state_dict()
     if not all(bool(torch.isfinite(w).all()) for w in weights):  # never overwrite a good checkpoint with a broken one
         raise NonFiniteLoss(f"{stage.name} step {stage.step}: the weights are no longer finite")
-    state = dict(step=stage.step, weights=weights, optimizer=stage.optimizer.state_dict(), best=stage.best,
-                 stale=stage.stale, score=stage.score, settings=dataclasses.asdict(stage.cfg))
-    write_whole(stage.out / "trainer" / f"{stage.name}.pt", lambda part: torch.save(state, part))
+    if stage.share and not stage.engine:
+        optimizer["state"] = {i: {k: local(v) for k, v in of_p.items()} for i, of_p in optimizer["state"].items()}
+    state = dict(step=stage.step, weights=weights, optimizer=optimizer, best=stage.best, stale=stage.stale,
+                 score=stage.score, settings=dataclasses.asdict(stage.cfg))
+    write_whole(stage.checkpoint, lambda part: torch.save(state, part), everyone=bool(stage.share))
 
 def load_trainer(stage: Stage) -> bool:
     """Continue a stage from its last checkpoint; False if there is none. Draws depend on seed and step alone."""
-    path, log = stage.out / "trainer" / f"{stage.name}.pt", stage.out / "metrics.jsonl"
+    path, log = stage.checkpoint, stage.out / "metrics.jsonl"
     if not path.exists():
         drop_later_metrics(log, stage.name, 0)
         return False
     with refusing(f"{path} does not fit this run"), torch.no_grad():
-        state = torch.load(path, map_location=stage.device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if changed := changed_settings(state["settings"], stage.cfg, "steps_rl"):
             raise ValueError(f"give the flags of the run that stopped: {', '.join(changed)}")
         for p, saved in zip(stage.params, state["weights"], strict=True):
-            p.copy_(saved)
-        stage.optimizer.load_state_dict(state["optimizer"])
+            local(p).copy_(saved)
+        if stage.engine:
+            stage.engine.optimizer.refresh_fp32_params()  # its own copy of the weights
+        else:
+            pieces = state["optimizer"]["state"].items()
+            state["optimizer"]["state"] = {
+                i: {k: shard_like(v, stage.params[i]) for k, v in of_p.items()} for i, of_p in pieces}
+        stage.adam.load_state_dict(state["optimizer"])
         stage.step, stage.best, stage.stale, stage.score = (state[k] for k in ("step", "best", "stale", "score"))
     drop_later_metrics(log, stage.name, stage.step)
     return True
@@ -2295,8 +2358,7 @@ def run_stage(stage: Stage, stages: list[str], cfg: Settings, screen: Screen) ->
     if cfg.resume and load_trainer(stage):
         screen.say(f"{stage.name}: resumed after step {stage.step}")
     stage.run(screen)
-    if isinstance(stage, DiffuGRPO):
-        stage.restore_best(screen)
+    stage.finish(screen)
     export_model(stage.model, stage.tokenizer, stage.out, run_state(cfg, stages, cfg.model))
     if cfg.export:
         export_merged(stage.model, stage.tokenizer, stage.out / cfg.export, cfg.export)

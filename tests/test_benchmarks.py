@@ -142,7 +142,7 @@ def test_patience_stops_at_a_plateau_and_both_accuracies_are_told(tiny, quick, t
     again.run(screen)  # a resumed run has stopped too
     assert again.step == 8
     again.best = (0.5, 4, again.best[2])
-    again.restore_best(screen)
+    again.finish(screen)
     shown = capsys.readouterr().out
     assert "stopped at step 8" in shown and "weights of step 4 kept: held-out accuracy 50.0 %" in shown
 

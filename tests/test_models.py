@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -424,25 +425,70 @@ def test_gradient_checkpointing_changes_no_number_and_dropout_is_off_in_stage_2(
 
 
 LAUNCHED = """
-import gc, json, sys
+import gc, json, os, sys
+import accelerate.state as state
 import torch
 import d1_full as d1
 
+init = state.AcceleratorState.__init__
+
+def sharding(self, *args, fsdp_plugin=None, deepspeed_plugin=None, **kwargs):
+    # accelerate shards on GPUs only: say here that it does so on the CPU
+    init(self, *args, fsdp_plugin=fsdp_plugin, deepspeed_plugin=deepspeed_plugin, **kwargs)
+    if fsdp_plugin or deepspeed_plugin:
+        self.fsdp_plugin, self.deepspeed_plugins = fsdp_plugin, deepspeed_plugin
+        kind = state.DistributedType.FSDP if fsdp_plugin else state.DistributedType.DEEPSPEED
+        self.distributed_type = state.PartialState._shared_state["distributed_type"] = kind
+    if deepspeed_plugin:
+        deepspeed_plugin.set_mixed_precision("no")
+        deepspeed_plugin.select(_from_accelerator_state=True)
+
+state.AcceleratorState.__init__ = sharding
+
+class Killed(Exception):
+    pass
+
 def main():
-    cfg = d1.settle({k: (v, "") for k, v in json.loads(sys.argv[1]).items()})[0]
+    given, lora, kills = json.loads(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+    cfg = d1.settle({k: (v, "") for k, v in given.items()})[0]
     torch.set_num_threads(1)
     screen = d1.Screen()
     out = d1.Path(cfg.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     task = d1.TASKS["sudoku"]
-    model, tok = d1.load_model("tiny", seed=0)
-    d1.MaskedSFT(model, tok, d1.sft_rows(cfg, tok, [task], screen), cfg, out).run(screen)
+    rows = d1.sft_rows(cfg, d1.build_tokenizer(), [task], screen)
+    save = d1.save_trainer
+
+    def save_and_die(stage):
+        save(stage)
+        if kills and stage.step == 4:
+            raise Killed
+
+    d1.save_trainer = save_and_die
+    try:
+        model, tok = d1.load_model("tiny", seed=0, lora=lora)
+        stage = d1.MaskedSFT(model, tok, rows, cfg, out)
+        stage.run(screen)
+        stage.finish(screen)
+    except Killed:
+        model, tok = d1.load_model("tiny", seed=1, lora=lora)
+        if lora:  # the adapter is in the checkpoint, what lies below it is not
+            below = dict(d1.load_model("tiny", seed=0, lora=lora)[0].named_parameters())
+            for name, p in model.named_parameters():
+                p.data.copy_(below[name]) if "lora_" not in name else None
+        stage = d1.MaskedSFT(model, tok, rows, cfg, out)
+        assert d1.load_trainer(stage) and stage.step == 4
+        stage.run(screen)
+        stage.finish(screen)
+    d1.save_trainer = save
     reward = lambda texts, examples: [{"n": float(len(t))} for t in texts]
-    stage = d1.DiffuGRPO(model, tok, task.examples("train", 16), task.messages, reward, cfg, out)
+    weight = lambda model: -sum(float(p.detach().double().square().sum()) for p in model.parameters())
+    stage = d1.DiffuGRPO(model, tok, task.examples("train", 16), task.messages, reward, cfg, out, weight)
     drawn = []
     draw = stage.draw
     stage.draw = lambda micro: drawn.append(draw(micro)) or drawn[-1]
     stage.run(screen)
+    stage.finish(screen)
     d1.evaluate(model, tok, task, task.examples("test", 5), cfg, "d1", out, screen)
     texts = [[t for r in drawn for t in d1.reply_texts(tok, r.completion)]]
     gathered = __import__("accelerate").utils.gather_object(texts)
@@ -455,31 +501,72 @@ gc.collect()
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()
 """
+SHARDED = {  # what `accelerate launch` puts into the environment
+    "ddp": {},
+    "fsdp": dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+                 FSDP_RESHARD_AFTER_FORWARD="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true"),
+    "zero2": dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="2", DS_ACCELERATOR="cpu"),
+}
 
 
-def test_two_processes_do_what_one_does(tmp_path):
-    (tmp_path / "run.py").write_text(LAUNCHED)
-    common = dict(task="sudoku", steps_sft=6, bs_sft=8, rows_sft=4, n_traces=40, steps_rl=4, mu=2, group=2, limit=4,
-                  eval_lengths="32", save_steps=2, warmup_sft=2)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for n, rl in ((1, dict(bs_rl=4, grad_accum=2)), (2, dict(bs_rl=4, grad_accum=1))):
-        settings = json.dumps({**common, **rl, "output_dir": str(tmp_path / str(n))})
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
-        done = subprocess.run([*launch, str(tmp_path / "run.py"), settings], env=env, capture_output=True, text=True,
-                              timeout=300)
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """launched(processes, kind, lora) -> the folder of a run, made once."""
+    made = {}
+
+    def launch(n, kind="ddp", lora=None):
+        if (n, kind, lora) in made:
+            return made[n, kind, lora]
+        out = tmp_path_factory.mktemp(f"{kind}{n}")
+        (out / "run.py").write_text(LAUNCHED)
+        settings = dict(task="sudoku", steps_sft=6, bs_sft=8, rows_sft=2, n_traces=40, steps_rl=4, mu=2, group=2,
+                        limit=4, eval_lengths="32", save_steps=2, warmup_sft=2, bs_rl=4, grad_accum=4 // n,
+                        output_dir=str(out))
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n),
+             str(out / "run.py"), json.dumps(settings), json.dumps(lora), json.dumps(kind != "ddp")],
+            env={**os.environ, **SHARDED[kind], "OMP_NUM_THREADS": "1",
+                 "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+            capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (([json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()],
-                 json.loads((tmp_path / n / "texts.json").read_text())) for n in "12")
-    assert one[1] == two[1] and len(one[1]) == 16
+        made[n, kind, lora] = out
+        return out
+
+    return launch
+
+
+@pytest.mark.parametrize("lora", [None, (4, 8, 0.1, "all")], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", SHARDED)
+def test_two_processes_do_what_one_does(kind, lora, launched):
+    """Each holding the model, or with its weights sharded, in a run that is killed in stage 1 and resumed."""
+    if kind == "zero2":
+        pytest.importorskip("deepspeed")
+    folders = launched(1, lora=lora), launched(2, kind, lora)
+    one, two = (([json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()],
+                 json.loads((f / "texts.json").read_text())) for f in folders)
+    assert one[1] == two[1] and len(one[1]) == 32
     assert len(one[0]) == len(two[0])
     for a, b in zip(one[0], two[0], strict=True):
         assert a.keys() == b.keys()
         for k in set(a) - {"seconds", "stage", "accuracy"}:
             assert b[k] == pytest.approx(a[k], rel=1e-3, abs=1e-5), (a["stage"], a["step"], k)
-    evals = [json.loads((tmp_path / n / "eval.json").read_text()) for n in "12"]
+    evals = [json.loads((f / "eval.json").read_text()) for f in folders]
     assert evals[0] == evals[1] and evals[0][0]["n"] == 5
-    weights = [load_file(tmp_path / n / "model.safetensors") for n in "12"]
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    weights = [load_file(f / name) for f in folders]
     assert max((weights[0][k] - weights[1][k]).abs().max().item() for k in weights[0]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "advice"), [("FSDP", None, "fsdp_version: 2"), ("DEEPSPEED", 3, "zero_stage: 2")])
+def test_fsdp_1_and_zero_3_are_refused(kind, stage, advice, quick, tmp_path, monkeypatch):
+    """The launch as accelerate tells of it, since it makes neither on a CPU."""
+    state = SimpleNamespace(deepspeed_plugin=stage and SimpleNamespace(zero_stage=stage))
+    accelerator = SimpleNamespace(distributed_type=kind, is_fsdp2=False, state=state)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: accelerator)
+    model, tok = d1.load_model("tiny", device="cpu")
+    with pytest.raises(d1.UserError, match=advice):
+        d1.MaskedSFT(model, tok, [([1, 2, 3], 1)], quick(), tmp_path)
 
 
 def test_the_plan_counts_what_backward_keeps():

@@ -226,5 +226,5 @@ def test_best_held_out_weights_come_back(tiny, quick, tmp_path, screen):
     scores, seen = iter([0.5, 0.25]), []
     stage.heldout = lambda model: (seen.append(weights(stage)), next(scores))[1]
     stage.run(screen)
-    stage.restore_best(screen)
+    stage.finish(screen)
     assert torch.equal(weights(stage), seen[0]) and not torch.equal(seen[0], seen[1])
