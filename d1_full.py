@@ -52,7 +52,6 @@ tag stands at its line below. --preset official switches to theirs where a switc
     D19  LoRA adapters stay fp32; official's are bf16
 """
 
-
 # %% 1. Imports — the standard library and torch; heavier libraries are imported where they are used
 from __future__ import annotations
 
@@ -194,7 +193,6 @@ class Settings:
     def lengths(self) -> list[int]:
         return [int(n) for n in str(self.eval_lengths).split(",")]
 
-
 # %% 3. Forward process — Sec. 2, q(x_t | x_0) with the linear schedule alpha_t = 1 - t
 def draw_uniform(shape: Sequence[int], generator: Generator, device) -> Tensor:
     """Uniform [0, 1) drawn where the generator lives, so a seed means the same on CPU and GPU."""
@@ -215,7 +213,6 @@ def forward_process(x0: Tensor, t: Tensor, keep: Tensor, mask_id: int, generator
     masked = (u < t[:, None]) & ~keep  # (B, L)
     return torch.where(masked, mask_id, x0), masked
 
-
 # %% 4. Masked SFT loss — Sec. 2 and 3.3, Algorithm 2
 def masked_nelbo(logits: Tensor, x0: Tensor, masked: Tensor, t: Tensor, keep: Tensor) -> tuple[Tensor, Metrics]:
     """Upper bound on -log p(x0 | prompt) per reply token, in nats.   d1 Eq. (1), Sec. 2
@@ -235,7 +232,6 @@ def masked_nelbo(logits: Tensor, x0: Tensor, masked: Tensor, t: Tensor, keep: Te
     n = max(len(target), 1)
     hits = (picked.argmax(-1) == target).sum()
     return loss, {"ce": ce.detach().sum() / n, "accuracy": hits / n}
-
 
 # %% 5. One-step estimator — Sec. 3.1
 def extend_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
@@ -282,7 +278,6 @@ def one_step_logp(model, prompt: Tensor, completion: Tensor, hide: Tensor, mask_
     logits = guided_logits(model, canvas, is_prompt.expand_as(canvas), mask_id, attention_mask, cfg_scale)
     logits = logits[:, prompt.shape[1] :].float()  # (B, C, V)
     return logits.log_softmax(-1).gather(-1, completion[..., None])[..., 0]  # (B, C)
-
 
 # %% 6. diffu-GRPO — Sec. 3.2, Algorithm 1
 def group_advantages(rewards: Tensor, group: int) -> Tensor:
@@ -349,7 +344,6 @@ def diffu_grpo_loss(logp: Tensor, logp_old: Tensor | None, logp_ref: Tensor | No
         metrics = {"kl": (kl * live).sum() / n_live, "clip_frac": (clipped & live).sum() / n_live,
                    "ratio_max": torch.where(live, rho, 0.0).max()}
     return loss, metrics
-
 
 # %% 7. Block decoder — semi-autoregressive denoising with remasking (LLaDA; Sec. 4 evaluation)
 @dataclasses.dataclass(frozen=True)
@@ -484,7 +478,6 @@ def diffuse_decode(model, prompt: Tensor, *, mask_id: int, **options) -> Tensor:
         ids = frame.ids
     return ids
 
-
 # %% 8. Models — LLaDA as a bidirectional Llama, Dream, masked LMs, any causal model; no remote code
 ALIASES = {"llada/llada-8b-instruct": "GSAI-ML/LLaDA-8B-Instruct"}
 MASK_IDS = {"llada": 126336, "Dream": 151666}  # where neither config nor tokenizer names it
@@ -516,7 +509,6 @@ def refusing(what: str):
 def network_of(source: str, raw: dict):
     """(class, config) in transformers for a checkpoint's config.json `raw`, with attention both ways."""
     import transformers
-
     kind, written_for = raw.get("model_type"), " ".join(raw.get("architectures") or [])
     if kind == "llada":  # the embedding may be wider than the vocabulary
         return transformers.LlamaForCausalLM, transformers.LlamaConfig(
@@ -540,7 +532,6 @@ def network_of(source: str, raw: dict):
 def tiny_model(tokenizer, seed: int = 0):
     """The embedded model: LLaDA's network with 0.4 M weights, random from `seed`, fp32."""
     from transformers import LlamaConfig, LlamaForCausalLM
-
     config = LlamaConfig(
         hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, vocab_size=len(tokenizer),
         is_causal=False, use_cache=False, mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id,
@@ -558,7 +549,6 @@ def block_linears(model) -> dict[str, torch.nn.Linear]:
 def adapt_with_lora(model, r: int, alpha: int, dropout: float = 0.0, targets: str = "all", *, seed: int = 0):
     """Train LoRA, random from `seed`, on linear layers (--lora_targets), stacked on the adapter that may be there."""
     from peft import LoraConfig, get_peft_model
-
     # [D7] official lists Llama's names, of which LLaDA has only some: q, k, v, up are adapted and the
     #      rest silently not. here: the names are read off the model, and no match is an error.
     found = sorted({n.split(".")[-1] for n in block_linears(model)})
@@ -607,20 +597,17 @@ def base_of(name: str) -> str:
 def read_config(name: str) -> dict:
     """config.json of a folder or hub id, as a dict."""
     from transformers import PretrainedConfig
-
     with refusing(f"cannot load {name}; without a network give --model a local folder"):
         return dict(PretrainedConfig.get_config_dict(name)[0])
 
 def sdpa_after_fp32(module, query, key, value, *args, **options):
     """SDPA for queries and keys that were rotated in fp32, as LLaDA has it; bf16 cosines would add 2 % of error."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     return sdpa_attention_forward(module, query.to(value.dtype), key.to(value.dtype), value, *args, **options)
 
 def load_weights(base: str, raw: dict, dtype, load_4bit: bool, attn: str, device: torch.device):
     """A checkpoint's network and weights, converted while loading. UserError if they do not fit each other."""
     import transformers
-
     packed = None if not load_4bit else transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16)
@@ -691,7 +678,6 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
     (r, alpha, dropout, targets) as in `adapt_with_lora`; an adapter folder's own stays below it.
     """
     import transformers
-
     transformers.logging.set_verbosity_error()  # its notes on class names would drown ours
     transformers.logging.disable_progress_bar()
     device = torch.device(device or processes().device)
@@ -713,7 +699,6 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
         model.register_forward_hook(shift_logits)
     if name != base:
         from peft import PeftModel
-
         with refusing(f"the adapter in {name} does not fit {base}"), warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(model, name, adapter_name="earlier")
@@ -722,9 +707,7 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
 def processes():
     """accelerate's view of this run: .device, .num_processes, .process_index, .is_main_process."""
     from accelerate import PartialState
-
     return PartialState(cpu=not torch.cuda.is_available())
-
 
 # %% 9. Tokenizer and chat template
 TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
@@ -741,7 +724,6 @@ def build_tokenizer():
     """The tiny model's tokenizer: bytes, and one token for each tag, phrase and instruction, for short prompts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -785,7 +767,6 @@ def reply_texts(tokenizer, completion: Tensor) -> list[str]:
     rows = completion.tolist()
     eos = tokenizer.eos_token_id
     return tokenizer.batch_decode([r[: r.index(eos)] if eos in r else r for r in rows], skip_special_tokens=True)
-
 
 # %% 10. Tasks, rewards, grading — App. D
 SYSTEM = ("Think step by step, then answer. Write your reply exactly in this form:\n"
@@ -923,7 +904,6 @@ def equal_latex(a: str, b: str) -> bool:
 def verify_in_worker(gold: str, found: str) -> bool:
     """math-verify's answer, gold first. Its own time limits are signals, which C code ignores."""
     from math_verify import parse, verify
-
     logging.disable(logging.ERROR)
     return verify(*(parse(f"${text}$", parsing_timeout=None) for text in (gold, found)), timeout_seconds=None)
 
@@ -1054,7 +1034,6 @@ def json_line(number: int, line: str) -> Any:
 def read_rows(data: str, split: str) -> list[dict]:
     """Rows of a local JSONL, JSON, CSV or Parquet file, or of a hub set owner/name[:config]."""
     import datasets
-
     path = Path(check_source(data))
     with refusing(f"cannot read {data}" + "; without a network give a local file" * (not path.is_file())):
         if path.suffix == ".csv":  # every column as text: a puzzle's leading zeros are digits
@@ -1386,7 +1365,6 @@ def grade_generation(task: str, row: dict, mode: str = "strict") -> Grade:
         return TASKS[task].grade(text, example)
     return TASKS[task].official_grade(text, example, row["ground_truth"])
 
-
 # %% 11. The two stages' loops — Algorithm 2 (masked SFT) and Algorithm 1 (diffu-GRPO)
 class Streams:
     """Random streams keyed by purpose and index: nothing to save, and no draw disturbs another.
@@ -1422,7 +1400,6 @@ class Stage:
 
     def __init__(self, model, tokenizer, cfg: Settings, out: Path, lr: float, wd: float, clip: float, total: int):
         from accelerate import Accelerator
-
         self.model, self.tokenizer, self.cfg, self.out = model, tokenizer, cfg, Path(out)
         self.streams, self.lr, self.clip, self.total, self.step = Streams(cfg.seed), lr, clip, total, 0
         self.accel = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")  # `precision` sees to it
@@ -1472,7 +1449,6 @@ class Stage:
     def average(self, rows: list[dict]) -> dict[str, float]:
         """Metrics over micro-batches and processes: the mean, or the largest of a "..._max"."""
         from accelerate.utils import gather_object
-
         rows = gather_object(rows)
         columns = {k: [r[k] for r in rows] for k in rows[0]}
         return {k: max(v) if k.endswith("_max") else sum(v) / len(v) for k, v in columns.items()}
@@ -1785,7 +1761,6 @@ def freeze_reference(model) -> Callable[[], contextlib.AbstractContextManager]:
 
     return reference
 
-
 # %% 12. Evaluation and Table 1 — Sec. 4
 PAPER_TABLE1 = {  # LLaDA-8B-Instruct at 128 / 256 / 512, d1 Table 1; a star marks second-hand cells
     "gsm8k": dict(base="68.7 76.7 78.2", sft="66.5* 78.8* 81.1*", diffu_grpo="72.6 79.8 81.9", d1="73.2 81.1 82.1"),
@@ -1906,7 +1881,6 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
     write_json(path, list(merged.values()))
     return entries
 
-
 # %% 13. Checkpoint and resume
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
@@ -1951,7 +1925,6 @@ def local(p: Tensor) -> Tensor:
 def shard_like(x: Tensor, p: Tensor) -> Tensor:
     """A piece of the optimizer's state, as FSDP has it for a parameter p that it shards."""
     from torch.distributed.tensor import DTensor
-
     if not isinstance(p, DTensor) or x.ndim == 0:
         return x
     return DTensor.from_local(x.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
@@ -2054,13 +2027,11 @@ def llada_name(name: str) -> str:
 def run_state(cfg: Settings, stages: list[str], origin: str) -> dict:
     """What d1_state.json tells of a checkpoint: stages passed, settings, versions, commit, argv."""
     import transformers
-
     git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
     return dict(stages=stages, preset=cfg.preset, origin=origin, settings=dataclasses.asdict(cfg), argv=sys.argv[1:],
                 versions=versions, commit=commit or None)
-
 
 # %% 14. Screen and logs
 class Screen:
@@ -2068,7 +2039,6 @@ class Screen:
 
     def __init__(self):
         from rich.console import Console
-
         self.live = sys.stdout.isatty() and processes().is_main_process
         self.console = Console(highlight=False, soft_wrap=True, width=None if self.live else 160,
                                quiet=not processes().is_main_process)
@@ -2079,7 +2049,6 @@ class Screen:
 
     def start(self, name: str, total: int, done: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
         columns = TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn()
         self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console, disable=not self.live,
                             transient=name.startswith("eval"), speed_estimate_period=3600)  # not 30 s
@@ -2106,7 +2075,6 @@ class Screen:
     def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table; columns after the first are right-aligned."""
         from rich.table import Column, Table
-
         columns = [Column(h, justify="right" if i else "left", no_wrap=True) for i, h in enumerate(header)]
         table = Table(*columns, title=title, title_justify="left")
         for row in rows:
@@ -2138,7 +2106,6 @@ def results_table(screen: Screen, entries: list[dict], cfg: Settings) -> None:
 def plot_curves(out: Path) -> None:
     """curves.png from metrics.jsonl: SFT loss, RL reward, KL, and held-out accuracy."""
     from matplotlib.figure import Figure  # without pyplot no window is opened and nothing global is set
-
     rows, panels = read_log(out / "metrics.jsonl"), []
     for stage, name, title in (("sft", "loss", "SFT loss, nats a token"), ("diffu_grpo", "reward", "mean reward"),
                                ("diffu_grpo", "kl", "KL to start of stage 2"),
@@ -2154,7 +2121,6 @@ def plot_curves(out: Path) -> None:
         axis.plot(x, [sum(w) / len(w) for w in windows], color="C0", marker="." if len(x) < 20 else None)
         axis.set(title=title, xlabel=f"{stage} update", yscale="log" if min(y) > 0 and stage == "sft" else "linear")
     write_whole(out / "curves.png", lambda part: figure.savefig(part, format="png", dpi=120))
-
 
 # %% 16. Main — settings, launch, dry run
 class Parser(argparse.ArgumentParser):
@@ -2186,7 +2152,6 @@ def build_parser() -> Parser:
 def config_words(path: str) -> list[str]:
     """A YAML file's settings as command-line words, so that one parser reads both."""
     import yaml
-
     with refusing(f"--config {path}"):
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         if not isinstance(content, dict) or any(isinstance(v, dict | list | None) for v in content.values()):
@@ -2330,7 +2295,6 @@ def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
 def has_test_split(source: str) -> bool:
     """Whether a data source is a hub set with a test split of its own."""
     import datasets
-
     with refusing(f"cannot read {source}; without a network give a local file"):
         return not Path(source).is_file() and "test" in datasets.get_dataset_split_names(*source.split(":"))
 
@@ -2373,7 +2337,6 @@ def row_name(stages: Sequence[str]) -> str:
 def run_benchmark(cfg: Settings, screen: Screen, out: Path, before: bool = True) -> list[dict]:
     """Stage 1 if needed, evaluation, stage 2, evaluation. Returns the entries of eval.json it made."""
     from accelerate.utils import gather_object
-
     task = Custom(cfg.reward, cfg.reward_errors == "zero") if cfg.task == "custom" else TASKS[cfg.task]
     model, tokenizer = open_model(cfg, screen)
     splits = {s: problems_of(cfg, task, s) for s in (("test",) if cfg.eval_only else ("train", "heldout", "test"))}
