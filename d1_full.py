@@ -1366,24 +1366,19 @@ def grade_generation(task: str, row: dict, mode: str = "strict") -> Grade:
     return TASKS[task].official_grade(text, example, row["ground_truth"])
 
 # %% 11. The two stages' loops — Algorithm 2 (masked SFT) and Algorithm 1 (diffu-GRPO)
-class Streams:
-    """Random streams keyed by purpose and index: nothing to save, and no draw disturbs another.
+def stream(*key) -> Generator:
+    """A random stream for one purpose, from its key alone: nothing to save, and no draw disturbs another.
 
     [D3] official reseeds the global generators at every estimate, with one of 4096 values
     (diffu_grpo_trainer.py:242). Here every draw has a private generator and masks travel as tensors.
     """
+    return Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big"))
 
-    def __init__(self, seed: int):
-        self.seed = seed
-
-    def generator(self, *key) -> torch.Generator:
-        """A torch.Generator that depends on the seed and the key alone."""
-        digest = hashlib.sha256(repr((self.seed, *key)).encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-    def order(self, name: str, epoch: int, n: int) -> list[int]:
-        """The order in which epoch number `epoch` visits n items."""
-        return torch.randperm(n, generator=self.generator(name, epoch)).tolist()
+def visits(seed: int, name: str, first: int, count: int, n: int) -> list[int]:
+    """Which of n items the visits number first, first + 1, ... meet: epochs in fresh orders, without gaps."""
+    span = range(first, first + count)
+    orders = {e: torch.randperm(n, generator=stream(seed, name, e)).tolist() for e in {i // n for i in span}}
+    return [orders[i // n][i % n] for i in span]
 
 def precision(device: torch.device):
     """bf16 arithmetic on a GPU, whatever the weights are stored in; the losses are fp32."""
@@ -1401,7 +1396,7 @@ class Stage:
     def __init__(self, model, tokenizer, cfg: Settings, out: Path, lr: float, wd: float, clip: float, total: int):
         from accelerate import Accelerator
         self.model, self.tokenizer, self.cfg, self.out = model, tokenizer, cfg, Path(out)
-        self.streams, self.lr, self.clip, self.total, self.step = Streams(cfg.seed), lr, clip, total, 0
+        self.lr, self.clip, self.total, self.step = lr, clip, total, 0
         self.accel = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")  # `precision` sees to it
         sharded, zero = self.accel.is_fsdp2, self.accel.state.deepspeed_plugin
         if ("FSDP" in self.accel.distributed_type and not sharded) or (zero and zero.zero_stage not in (1, 2)):
@@ -1443,7 +1438,7 @@ class Stage:
     def dropout_from(self, *key):
         """Dropout can only draw from torch's global streams: seed them by the key, and put them back after."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(self.streams.generator("dropout", *key).initial_seed())
+            torch.manual_seed(stream(self.cfg.seed, "dropout", *key).initial_seed())
             yield
 
     def average(self, rows: list[dict]) -> dict[str, float]:
@@ -1514,7 +1509,7 @@ class MaskedSFT(Stage):
 
     def __init__(self, model, tokenizer, rows: Sequence[tuple[list[int], int]], cfg: Settings, out: Path):
         super().__init__(model, tokenizer, cfg, out, cfg.lr_sft, cfg.wd_sft, cfg.clip_sft, cfg.steps_sft)
-        order = self.streams.order("sft_heldout", 0, len(rows))
+        order = visits(cfg.seed, "sft_heldout", 0, len(rows), len(rows))
         held = max(1, len(rows) // 100)
         self.heldout = [rows[i] for i in order[:held]]
         self.rows = [rows[i] for i in order[held:]] or self.heldout
@@ -1529,11 +1524,9 @@ class MaskedSFT(Stage):
         return self.lr * warm * (1 - self.step / self.total)
 
     def indices(self) -> list[int]:
-        """The rows of this step: epochs in fresh orders, without gaps."""
-        first, n = self.step * self.cfg.bs_sft, len(self.rows)
-        spans = range(first, first + self.cfg.bs_sft)
-        orders = {e: self.streams.order("sft_order", e, n) for e in {i // n for i in spans}}
-        return [orders[i // n][i % n] for i in spans]
+        """The rows of this step."""
+        size = self.cfg.bs_sft
+        return visits(self.cfg.seed, "sft_order", self.step * size, size, len(self.rows))
 
     def batch_name(self) -> str:
         return f"SFT rows {self.indices()}"
@@ -1553,7 +1546,7 @@ class MaskedSFT(Stage):
 
         Noise is drawn for the whole batch, whoever computes which rows; the shares of `mine` add up to its loss.
         """
-        generator = self.streams.generator(*key)
+        generator = stream(self.cfg.seed, *key)
         longer, extra = draw_uniform((2,), generator, "cpu").tolist()
         length = self.cfg.sft_length + int(extra * (self.cfg.sft_extra + 1)) * (longer < 0.2)
         x0, keep = self.collate(rows, length)  # (B, L)
@@ -1637,9 +1630,8 @@ class DiffuGRPO(Stage):
 
     def problems(self, micro: int) -> list[int]:
         """Indices of the prompts of a micro-batch, bs_rl / G of them."""
-        count, n = self.cfg.bs_rl // self.cfg.group, len(self.examples)
-        first = micro * count
-        return [self.streams.order("rl_order", i // n, n)[i % n] for i in range(first, first + count)]
+        count = self.cfg.bs_rl // self.cfg.group
+        return visits(self.cfg.seed, "rl_order", micro * count, count, len(self.examples))
 
     @torch.no_grad()
     def draw(self, micro: int) -> Rollout:
@@ -1654,9 +1646,7 @@ class DiffuGRPO(Stage):
         ids = diffuse_decode(
             self.model, prompt, mask_id=tok.mask_token_id, attention_mask=real, gen_length=cfg.gen_length,
             block_length=cfg.block_length, steps=cfg.diffusion_steps or None, temperature=cfg.temperature,
-            eos_id=tok.eos_token_id, stop_at_eos=True,
-            generator=[self.streams.generator("rollout", i) for i in rows],
-        )
+            eos_id=tok.eos_token_id, stop_at_eos=True, generator=[stream(cfg.seed, "rollout", i) for i in rows])
         completion = ids[:, prompt.shape[1] :]  # (B, C)
         texts = reply_texts(tok, completion)
         scores = self.reward(texts, examples)
@@ -1668,7 +1658,7 @@ class DiffuGRPO(Stage):
         hide = torch.zeros(cfg.mu, *real.shape, dtype=torch.bool, device=self.device)  # (mu, B, P)
         for b, i in enumerate(rows):
             tokens = torch.ones(cfg.mu, len(prompts[b]), dtype=torch.bool)
-            hide[:, b, -len(prompts[b]) :] = draw_prompt_mask(tokens, cfg.pmask, self.streams.generator("hide", i))
+            hide[:, b, -len(prompts[b]) :] = draw_prompt_mask(tokens, cfg.pmask, stream(cfg.seed, "hide", i))
         # [D9] official runs all mu masks of old and ref in one forward, 7.7 GiB of logits at 8B.
         #      here: one mask at a time, the same numbers.
         logp_old = [one_step_logp(self.model, prompt, completion, h, tok.mask_token_id, real) for h in hide]
@@ -1934,8 +1924,7 @@ def save_trainer(stage: Stage) -> None:
     weights, optimizer = [local(p) for p in stage.params], stage.adam.state_dict()
     if not all(bool(torch.isfinite(w).all()) for w in weights):  # never overwrite a good checkpoint with a broken one
         raise NonFiniteLoss(f"{stage.name} step {stage.step}: the weights are no longer finite")
-    if stage.share and not stage.engine:
-        optimizer["state"] = {i: {k: local(v) for k, v in of_p.items()} for i, of_p in optimizer["state"].items()}
+    optimizer["state"] = {i: {k: local(v) for k, v in of_p.items()} for i, of_p in optimizer["state"].items()}
     state = dict(step=stage.step, weights=weights, optimizer=optimizer, best=stage.best, stale=stage.stale,
                  score=stage.score, settings=dataclasses.asdict(stage.cfg))
     write_whole(stage.checkpoint, lambda part: torch.save(state, part), everyone=bool(stage.share))
@@ -1954,10 +1943,8 @@ def load_trainer(stage: Stage) -> bool:
             local(p).copy_(saved)
         if stage.engine:
             stage.engine.optimizer.refresh_fp32_params()  # its own copy of the weights
-        else:
-            pieces = state["optimizer"]["state"].items()
-            state["optimizer"]["state"] = {
-                i: {k: shard_like(v, stage.params[i]) for k, v in of_p.items()} for i, of_p in pieces}
+        for i, of_p in state["optimizer"].get("state", {}).items():
+            of_p |= {k: shard_like(v, stage.params[i]) for k, v in of_p.items()}
         stage.adam.load_state_dict(state["optimizer"])
         stage.step, stage.best, stage.stale, stage.score = (state[k] for k in ("step", "best", "stale", "score"))
     drop_later_metrics(log, stage.name, stage.step)
@@ -2007,7 +1994,9 @@ def export_merged(model, tokenizer, out: Path, form: str) -> None:
     if form != "llada":
         model.save_pretrained(out, save_original_format=False)
         return
-    weights = {llada_name(k): v for k, v in model.state_dict().items()}
+    weights = model.state_dict()
+    for theirs, ours in LLADA_NAMES.items():
+        weights = {name.replace(ours, theirs): w for name, w in weights.items()}
     model.save_pretrained(out, state_dict=weights, save_original_format=False)
     raw = LLADA_8B | dict(
         d_model=config.hidden_size, n_layers=config.num_hidden_layers, n_heads=config.num_attention_heads,
@@ -2017,12 +2006,6 @@ def export_merged(model, tokenizer, out: Path, form: str) -> None:
         mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, torch_dtype=str(model.dtype).split(".")[1])
     write_json(out / "config.json", raw)
-
-def llada_name(name: str) -> str:
-    """A Llama weight's name in a LLaDA checkpoint."""
-    for theirs, ours in LLADA_NAMES.items():
-        name = name.replace(ours, theirs)
-    return name
 
 def run_state(cfg: Settings, stages: list[str], origin: str) -> dict:
     """What d1_state.json tells of a checkpoint: stages passed, settings, versions, commit, argv."""
