@@ -1933,6 +1933,8 @@ def load_trainer(stage: Stage) -> bool:
     """Continue a stage from its last checkpoint; False if there is none. Draws depend on seed and step alone."""
     path, log = stage.checkpoint, stage.out / "metrics.jsonl"
     if not path.exists():
+        if others := sorted(path.parent.glob(f"{stage.name}.*pt")):
+            raise UserError(f"{others[0]} is of another number of processes or another sharding: launch as before")
         drop_later_metrics(log, stage.name, 0)
         return False
     with refusing(f"{path} does not fit this run"), torch.no_grad():
@@ -2078,8 +2080,8 @@ def results_table(screen: Screen, entries: list[dict], cfg: Settings) -> None:
             texts |= {n: f"{texts[n]} (paper {figure})" for n, figure in paper if n in texts}
         one = next(e for e in made.values() if e)
         rows.append([task + " (stand-in)" * (task in standin), ROW_TITLES[row], *texts.values(), one["n"]])
-        for score, scale in (("cells", 100), ("mean_reward", 1)):
-            if score in one:
+        for score, scale in (("official", 100), ("cells", 100), ("mean_reward", 1)):
+            if score in one and (task, score) != ("custom", "official"):
                 shares = (f"{scale * e[score]:.1f}         " if score in e else "-" for e in made.values())
                 rows.append(["", score, *shares, ""])
     title = "Accuracy, %: strict grading, greedy, 95 % Wilson interval"
