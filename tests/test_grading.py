@@ -40,6 +40,8 @@ def test_official_formats_are_the_official_patterns_on_random_text():
     task, sudoku = d1.TASKS["gsm8k"], d1.TASKS["sudoku"]
     for i in range(6000):
         text = "".join(rng.choices(PIECES[: 8 if i % 2 else len(PIECES)], k=rng.randint(1, 14)))
+        if i % 3 == 1:
+            text = "<reasoning>" + "".join(rng.choices([*PIECES[1:5], "</reasoning><answer>"], k=rng.randint(1, 8)))
         if i % 3 == 0:
             text = f"<reasoning>\n{text}\n</reasoning>\n<answer>\n1\n</answer>{rng.choice(['', chr(10), 'x'])}"
         for official, flags, final in ((True, 0, "\n$"), (False, re.DOTALL, "\n?$")):
