@@ -820,7 +820,7 @@ def official_boxed(text: str) -> str | None:
         return text.split("\\boxed ")[-1].split("$")[0]
     start = text.rfind("\\boxed" if "\\boxed" in text else "\\fbox")
     box = box_from(text, start) if start >= 0 else text
-    return box[len("\\boxed{") : -1] if start >= 0 and box and box.startswith("\\boxed{") else box
+    return box[len("\\boxed{") : -1] if box and box.startswith("\\boxed{") else box
 
 def parse_number(text: str | None) -> Fraction | None:
     """A plain number, as people write one: 72, -3, $1,234, 12.50, 50%. None if it is anything else."""
@@ -848,9 +848,8 @@ def arithmetic(text: str, number: type = Fraction) -> Any:
     def value(node):
         if isinstance(node, ast.Constant):
             return number(node.value)
-        if isinstance(node, ast.UnaryOp):
-            return known[type(node.op)](value(node.operand))
-        return known[type(node.op)](value(node.left), value(node.right))
+        parts = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+        return known[type(node.op)](*map(value, parts))
 
     try:
         return value(ast.parse(text, mode="eval").body)
@@ -892,12 +891,9 @@ def normalise_latex(text: str) -> str:
 
 def equal_latex(a: str, b: str) -> bool:
     """The official equality of two answers: the same plain form, or the same text where that fails."""
-    if len(a) > 100_000:  # bounds the time
-        return a == b
-    try:
-        return normalise_latex(a) == normalise_latex(b)
-    except ValueError:
-        return a == b
+    with contextlib.suppress(ValueError):
+        return a == b or (len(a) <= 100_000 and normalise_latex(a) == normalise_latex(b))  # bounds the time
+    return False
 
 def verify_in_worker(gold: str, found: str) -> bool:
     """math-verify's answer, gold first. Its own time limits are signals, which C code ignores."""
@@ -937,7 +933,7 @@ class Task:
     name = official_name = ""  # as in --task; as in the official generations' file names
     hub = hub_test = ""  # the public data set, and the one to test on if it is another
     texts: tuple[str, ...] = ()  # the columns that a data file must have as text
-    gold = "answer"  # the part of an example that the official generations file calls ground_truth
+    gold: tuple[str, ...] = ("answer",)  # the parts of an example that the official generations file calls ground_truth
     tests = 0  # problems of it that the paper tests on; 0 = all
     system, asks = SYSTEM, "{question}"  # the chat's first part; the question, filled in from the example
     says = "{}"  # how a demonstration writes its answer
@@ -948,18 +944,15 @@ class Task:
 
     def key(self, example: dict) -> str | None:
         """What no two splits share; None for a problem that the embedded generator cannot draw."""
-        return self.question(example) if "work" in example else None
-
-    def split(self, example: dict) -> str | None:
-        """The one split that may hold an embedded problem, the same in every run: 80 % train, 8 % heldout."""
-        return None if (key := self.key(example)) is None else split_of(f"{self.name}/{key}")
+        return f"{self.name}/{self.question(example)}" if "work" in example else None
 
     def examples(self, split: str, n: int | None = None, seed: int = 0, data: str | None = None) -> list[dict]:
         """n problems of "train", "heldout" or "test": generated, or all (the first n) rows of `data`."""
         if not data:
             rng = random.Random(f"{self.name}/{split}/{seed}")
-            drawn = (self.generate(rng) for _ in itertools.count())
-            return list(itertools.islice((e for e in drawn if e and self.split(e) == split), 256 if n is None else n))
+            drawn = filter(None, map(self.generate, itertools.repeat(rng)))
+            fitting = (e for e in drawn if split_of(self.key(e)) == split)
+            return list(itertools.islice(fitting, 256 if n is None else n))
         problems = []
         for number, row in enumerate(read_rows(data, split), 1):
             try:
@@ -998,14 +991,17 @@ class Task:
 
     def ground_truth(self, example: dict) -> Any:
         """What the official generations file holds as ground_truth."""
-        return example[self.gold]
+        return operator.itemgetter(*self.gold)(example)
 
     def of_record(self, record: dict) -> dict:
         """What grading needs of an example, from an entry of a generations file."""
-        return {self.gold: str(record["ground_truth"])}
+        gold = record["ground_truth"]
+        return dict(zip(self.gold, gold if len(self.gold) > 1 else [str(gold)], strict=True))
 
-def split_of(key: str) -> str:
-    """A fixed split for a key: 80 % train, 8 % heldout, 12 % test."""
+def split_of(key: str | None) -> str | None:
+    """The one split that may hold what has this key, the same in every run: 80 % train, 8 % heldout, 12 % test."""
+    if key is None:
+        return None
     bucket = hashlib.sha256(key.encode()).digest()[0] / 256
     return "train" if bucket < 0.8 else "heldout" if bucket < 0.88 else "test"
 
@@ -1078,19 +1074,18 @@ class Gsm8k(Task):
         right = found == example["answer"] if official else None is not number == parse_number(example["answer"])
         integer = (found or "").isdigit() if official else number is not None and number.denominator == 1
         # up to .5 for four tags on lines of their own, less .001 a character after the last (official rule)
-        after = {end: len(completion.split(end)[-1]) for end in ("\n</answer>\n", "\n</answer>")}
-        tags = 0.125 * (completion.count("<reasoning>\n") == 1) + 0.125 * (completion.count("\n</reasoning>\n") == 1)
-        tags += (completion.count("\n<answer>\n") == 1) * (0.125 - 0.001 * after["\n</answer>\n"])
-        tags += (completion.count("\n</answer>") == 1) * (0.125 - 0.001 * (after["\n</answer>"] - 1))
+        after, rest = len(completion.rpartition("\n</answer>\n")[2]), len(completion.rpartition("\n</answer>")[2]) - 1
+        tags = 0.0
+        for tag, more in ("<reasoning>\n", 0), ("\n</reasoning>\n", 0), ("\n<answer>\n", after), ("\n</answer>", rest):
+            tags += (completion.count(tag) == 1) * (0.125 - 0.001 * more)
         return {"correctness": 2.0 * right, "int": 0.5 * integer, "strict_format": 0.5 * bool(strict),
                 "soft_format": 0.5 * soft, "xmlcount": tags}
 
     def grade(self, completion, example, official=False):
         def numbers(content):
-            try:
+            with contextlib.suppress(ValueError):
                 return [float(content.strip())]
-            except ValueError:
-                return [float(n) for n in re.findall(r"-?\d+\.?\d*", content)]
+            return [float(n) for n in re.findall(r"-?\d+\.?\d*", content)]
 
         if official:  # the first box with a number in it, else the last number of the first <answer>
             boxes = [numbers(content)[:1] for content, end in re.findall(r"\\boxed{([^}\n]*)(}?)", completion) if end]
@@ -1142,6 +1137,7 @@ class Countdown(Task):
     system = SYSTEM + ("\nUse each given number exactly once, with + - * / and brackets, to reach the target. "
                        "Answer with the expression alone.")
     asks, stems = "Numbers: {numbers}\nTarget: {target}", ("Numbers: [", "]\nTarget: ")
+    gold = "numbers", "target"
 
     def generate(self, rng):
         a, b, c = numbers = [rng.randint(1, 9) for _ in range(3)]
@@ -1152,7 +1148,7 @@ class Countdown(Task):
     def key(self, example):
         """Problems with the same numbers, in any order, and the same target are one problem."""
         numbers = sorted(example["numbers"])
-        return f"{numbers}/{example['target']}" if len(numbers) == 3 and numbers[-1] < 10 else None
+        return f"count/{numbers}/{example['target']}" if len(numbers) == 3 and numbers[-1] < 10 else None
 
     def parse(self, row):
         if "input" in row:
@@ -1163,12 +1159,6 @@ class Countdown(Task):
         """As of any task; of the public data set, only the problems with three numbers, as the paper."""
         problems = super().examples(split, None if data else n, seed, data)
         return [e for e in problems if data != self.hub or len(e["numbers"]) == 3][:n]
-
-    def ground_truth(self, example):
-        return [example["numbers"], example["target"]]
-
-    def of_record(self, record):
-        return dict(zip(("numbers", "target"), record["ground_truth"], strict=True))
 
     def solve(self, example, rng, careful):
         (a, b, c), target = example["numbers"], example["target"]
@@ -1208,7 +1198,7 @@ def sudoku_grids() -> tuple[str, ...]:
 class Sudoku(Task):
     """4x4 sudoku with one solution. Embedded puzzles have 8 empty cells, as the published ones."""
 
-    name, official_name, score, gold = "sudoku", "sudoku", "cells", "solution"
+    name, official_name, score, gold = "sudoku", "sudoku", "cells", ("solution",)
     system = SYSTEM + ("\nFill the 4x4 grid, 0 = empty, so that rows, columns and 2x2 boxes hold 1 to 4 once. "
                        "Answer with the 16 digits.")
     asks, stems = "Solve the following Sudoku puzzle: {puzzle}", ("Solve the following Sudoku puzzle: ",)
@@ -1222,7 +1212,7 @@ class Sudoku(Task):
 
     def key(self, example):
         """[D15] the official test puzzles share solution grids with training; here no grid is in two splits."""
-        return example["solution"]
+        return f"sudoku/{example['solution']}"
 
     def parse(self, row):
         row = {k.lower(): str(v) for k, v in row.items()}
@@ -1232,7 +1222,7 @@ class Sudoku(Task):
         return {"puzzle": puzzle, "solution": solution}
 
     def of_record(self, record):
-        return {"puzzle": re.search(r"\d{16}", record["question"])[0], "solution": record["ground_truth"]}
+        return super().of_record(record) | {"puzzle": re.search(r"\d{16}", record["question"])[0]}
 
     def solve(self, example, rng, careful):
         if careful:
@@ -2305,7 +2295,7 @@ def run_benchmark(cfg: Settings, screen: Screen, out: Path, before: bool = True)
     say_sizes(task, splits, screen)
     test = splits["test"]
     if cfg.data and task.name in TASKS:
-        seen = sum(task.split(e) == "train" for e in test)
+        seen = sum(split_of(task.key(e)) == "train" for e in test)
         screen.say(f"{cfg.data}: {len(test)} problems; {seen} of them {task.overlap} in the embedded training split")
     look = functools.partial(evaluate, model, tokenizer, task, test, cfg, out=out, screen=screen)
     if cfg.eval_only:
