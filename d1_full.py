@@ -927,7 +927,8 @@ def same_mathematics(found: str, gold: str, limit: float = 1.0) -> bool:
 class Task:
     """One benchmark: where its problems come from, how they are asked, paid and graded.
 
-    A subclass gives generate(rng), one draw of a problem or None, parse(row), of a data file, rewards and grade.
+    A subclass gives generate(rng), a problem or None for a draw that is none, parse(row), of a data file, rewards and
+    grade, the last two by our reading or, with official=True, by that of the official code.
     """
 
     name = official_name = ""  # as in --task; as in the official generations' file names
@@ -1074,7 +1075,7 @@ class Gsm8k(Task):
         right = found == example["answer"] if official else None is not number == parse_number(example["answer"])
         integer = (found or "").isdigit() if official else number is not None and number.denominator == 1
         # up to .5 for four tags on lines of their own, less .001 a character after the last (official rule)
-        after, rest = len(completion.rpartition("\n</answer>\n")[2]), len(completion.rpartition("\n</answer>")[2]) - 1
+        after, rest = len(completion.split("\n</answer>\n")[-1]), len(completion.split("\n</answer>")[-1]) - 1
         tags = 0.0
         for tag, more in ("<reasoning>\n", 0), ("\n</reasoning>\n", 0), ("\n<answer>\n", after), ("\n</answer>", rest):
             tags += (completion.count(tag) == 1) * (0.125 - 0.001 * more)
@@ -1148,7 +1149,7 @@ class Countdown(Task):
     def key(self, example):
         """Problems with the same numbers, in any order, and the same target are one problem."""
         numbers = sorted(example["numbers"])
-        return f"count/{numbers}/{example['target']}" if len(numbers) == 3 and numbers[-1] < 10 else None
+        return f"{self.name}/{numbers}/{example['target']}" if len(numbers) == 3 and numbers[-1] < 10 else None
 
     def parse(self, row):
         if "input" in row:
@@ -1208,11 +1209,11 @@ class Sudoku(Task):
         solution, empty = rng.choice(sudoku_grids()), rng.sample(range(16), 8)
         puzzle = "".join("0" if i in empty else c for i, c in enumerate(solution))
         fits = list(filter(re.compile(puzzle.replace("0", ".")).match, sudoku_grids()))
-        return {"puzzle": puzzle, "solution": solution} if len(fits) == 1 else None
+        return {"puzzle": puzzle, "solution": solution} if len(fits) == 1 else None  # one solution
 
     def key(self, example):
         """[D15] the official test puzzles share solution grids with training; here no grid is in two splits."""
-        return f"sudoku/{example['solution']}"
+        return f"{self.name}/{example['solution']}"
 
     def parse(self, row):
         row = {k.lower(): str(v) for k, v in row.items()}
