@@ -951,9 +951,8 @@ class Task:
         """n problems of "train", "heldout" or "test": generated, or all (the first n) rows of `data`."""
         if not data:
             rng = random.Random(f"{self.name}/{split}/{seed}")
-            drawn = filter(None, map(self.generate, itertools.repeat(rng)))
-            fitting = (e for e in drawn if split_of(self.key(e)) == split)
-            return list(itertools.islice(fitting, 256 if n is None else n))
+            drawn = (e for e in map(self.generate, itertools.repeat(rng)) if e and split_of(self.key(e)) == split)
+            return list(itertools.islice(drawn, 256 if n is None else n))
         problems = []
         for number, row in enumerate(read_rows(data, split), 1):
             try:
