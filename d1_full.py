@@ -800,29 +800,27 @@ def first_answer(text: str) -> str | None:
     """The first complete <answer> block, as the official parser reads it."""
     return next((block.strip() for block in answers(text)), None)
 
-def closing_brace(text: str, start: int) -> int:
-    """Index of the brace that closes the first one opened from `start` on; -1 if none does in 10,000 characters."""
+def box_from(text: str, start: int) -> str | None:
+    """The text from `start` to the brace that closes the first one; None if none does in 10,000 characters."""
     depth = 0
     for brace in re.compile("[{}]").finditer(text, start, start + 10000):
         depth += 1 if brace[0] == "{" else -1
         if brace[0] == "}" and depth == 0:
-            return brace.start()
-    return -1
+            return text[start : brace.end()]
+    return None
 
 def last_boxed(text: str) -> str | None:
     r"""Content of the last \boxed{...} with balanced braces, or None. Linear in the text's length."""
-    start = text.rfind("\\boxed{")
-    end = closing_brace(text, start) if start >= 0 else -1
-    return text[start + len("\\boxed{") : end] if end >= 0 else None
+    box = box_from(text, text.rfind("\\boxed{")) if "\\boxed{" in text else None
+    return box and box[len("\\boxed{") : -1]
 
 def official_boxed(text: str) -> str | None:
     """What the official parser takes for the last box: all of a text without one, None if it never closes."""
     if "\\boxed " in text:
         return text.split("\\boxed ")[-1].split("$")[0]
     start = text.rfind("\\boxed" if "\\boxed" in text else "\\fbox")
-    box = text[start : (end := closing_brace(text, max(start, 0))) + 1]
-    found = box[len("\\boxed{") : -1] if box.startswith("\\boxed{") else box
-    return text if start < 0 else found if end >= 0 else None
+    box = box_from(text, start) if start >= 0 else text
+    return box[len("\\boxed{") : -1] if box and box.startswith("\\boxed{") else box
 
 def parse_number(text: str | None) -> Fraction | None:
     """A plain number, as people write one: 72, -3, $1,234, 12.50, 50%. None if it is anything else."""
@@ -850,9 +848,8 @@ def arithmetic(text: str, number: type = Fraction) -> Any:
     def value(node):
         if isinstance(node, ast.Constant):
             return number(node.value)
-        if isinstance(node, ast.UnaryOp):
-            return known[type(node.op)](value(node.operand))
-        return known[type(node.op)](value(node.left), value(node.right))
+        parts = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+        return known[type(node.op)](*map(value, parts))
 
     try:
         return value(ast.parse(text, mode="eval").body)
@@ -894,12 +891,9 @@ def normalise_latex(text: str) -> str:
 
 def equal_latex(a: str, b: str) -> bool:
     """The official equality of two answers: the same plain form, or the same text where that fails."""
-    if len(a) > 100_000:  # bounds the time
-        return a == b
-    try:
-        return normalise_latex(a) == normalise_latex(b)
-    except ValueError:
-        return a == b
+    with contextlib.suppress(ValueError):
+        return a == b or (len(a) <= 100_000 and normalise_latex(a) == normalise_latex(b))  # bounds the time
+    return False
 
 def verify_in_worker(gold: str, found: str) -> bool:
     """math-verify's answer, gold first. Its own time limits are signals, which C code ignores."""
@@ -930,24 +924,20 @@ def same_mathematics(found: str, gold: str, limit: float = 1.0) -> bool:
         math_worker.cache_clear()
         return False
 
-def tag_count_reward(text: str) -> float:
-    """Up to .5 for four tags on lines of their own, less .001 a character after the last (official rule)."""
-    score = 0.125 * (text.count("<reasoning>\n") == 1) + 0.125 * (text.count("\n</reasoning>\n") == 1)
-    score += (text.count("\n<answer>\n") == 1) * (0.125 - 0.001 * len(text.split("\n</answer>\n")[-1]))
-    return score + (text.count("\n</answer>") == 1) * (0.125 - 0.001 * (len(text.split("\n</answer>")[-1]) - 1))
-
 class Task:
     """One benchmark: where its problems come from, how they are asked, paid and graded.
 
-    A subclass gives an example by generate(rng), embedded, parse(row), of a data file, and of_record(row), of a
-    generations file; further rewards, grade and official_grade, and solve where the one below does not do.
+    A subclass gives generate(rng), a problem or None for a draw that is none, parse(row), of a data file, rewards and
+    grade, the last two by our reading or, with official=True, by that of the official code.
     """
 
     name = official_name = ""  # as in --task; as in the official generations' file names
     hub = hub_test = ""  # the public data set, and the one to test on if it is another
     texts: tuple[str, ...] = ()  # the columns that a data file must have as text
+    gold: tuple[str, ...] = ("answer",)  # the parts of an example that the official generations file calls ground_truth
     tests = 0  # problems of it that the paper tests on; 0 = all
     system, asks = SYSTEM, "{question}"  # the chat's first part; the question, filled in from the example
+    says = "{}"  # how a demonstration writes its answer
     score = ""  # what Grade.score counts, where it is more than right or wrong
     careful = 0.4  # share of generated demonstrations by the careful solver; the rest is careless
     overlap = "are"  # how a problem would be known from training
@@ -955,24 +945,19 @@ class Task:
 
     def key(self, example: dict) -> str | None:
         """What no two splits share; None for a problem that the embedded generator cannot draw."""
-        return self.question(example) if "work" in example else None
-
-    def split(self, example: dict) -> str | None:
-        """The one split that may hold an embedded problem, the same in every run: 80 % train, 8 % heldout."""
-        return None if (key := self.key(example)) is None else split_of(f"{self.name}/{key}")
+        return f"{self.name}/{self.question(example)}" if "work" in example else None
 
     def examples(self, split: str, n: int | None = None, seed: int = 0, data: str | None = None) -> list[dict]:
         """n problems of "train", "heldout" or "test": generated, or all (the first n) rows of `data`."""
         if not data:
             rng = random.Random(f"{self.name}/{split}/{seed}")
-            drawn = (self.generate(rng) for _ in itertools.count())
-            return list(itertools.islice((e for e in drawn if self.split(e) == split), 256 if n is None else n))
+            drawn = (e for e in map(self.generate, itertools.repeat(rng)) if e and split_of(self.key(e)) == split)
+            return list(itertools.islice(drawn, 256 if n is None else n))
         problems = []
         for number, row in enumerate(read_rows(data, split), 1):
             try:
-                for column in self.texts:
-                    if not isinstance(row[column], str):
-                        raise ValueError(f"column {column!r} must be a text")
+                if other := [column for column in self.texts if not isinstance(row[column], str)]:
+                    raise ValueError(f"column {other[0]!r} must be a text")
                 problems.append(self.parse(row))
             except KeyError as e:
                 raise UserError(f"{data}, row {number}: no column {e}; it has {', '.join(map(str, row))}") from e
@@ -981,7 +966,7 @@ class Task:
         return problems[:n]
 
     def question(self, example: dict) -> str:
-        return self.asks.format(**example)
+        return self.asks.format_map(example)
 
     def messages(self, example: dict, system: str | None = None) -> list[dict]:
         """The chat that asks one problem; its first part may be given."""
@@ -994,7 +979,7 @@ class Task:
     def demonstrate(self, example: dict, rng: random.Random, careful: bool) -> str:
         """A reply in the required form, by a careful solver who works it out or a careless one who guesses."""
         work, answer = self.solve(example, rng, careful)
-        return f"<reasoning>\n{work}\n</reasoning>\n<answer>\n{answer}\n</answer>"
+        return f"<reasoning>\n{work}\n</reasoning>\n<answer>\n{self.says.format(answer)}\n</answer>"
 
     def solve(self, example: dict, rng: random.Random, careful: bool) -> tuple[str, str]:
         """(work, answer) of a demonstration; a careless solver has every result of the work a little off."""
@@ -1006,14 +991,17 @@ class Task:
 
     def ground_truth(self, example: dict) -> Any:
         """What the official generations file holds as ground_truth."""
-        return example["answer"]
+        return operator.itemgetter(*self.gold)(example)
 
-    def official_grade(self, completion: str, example: dict, gold: Any) -> Grade:
-        """The official parser's verdict; gold is the file's ground_truth."""
-        return self.grade(completion, example)
+    def of_record(self, record: dict) -> dict:
+        """What grading needs of an example, from an entry of a generations file."""
+        gold = record["ground_truth"]
+        return dict(zip(self.gold, gold if len(self.gold) > 1 else [str(gold)], strict=True))
 
-def split_of(key: str) -> str:
-    """A fixed split for a key: 80 % train, 8 % heldout, 12 % test."""
+def split_of(key: str | None) -> str | None:
+    """The one split that may hold what has this key, the same in every run: 80 % train, 8 % heldout, 12 % test."""
+    if key is None:
+        return None
     bucket = hashlib.sha256(key.encode()).digest()[0] / 256
     return "train" if bucket < 0.8 else "heldout" if bucket < 0.88 else "test"
 
@@ -1023,13 +1011,6 @@ def check_source(data: str) -> str:
     if not (Path(data).is_file() if known or data.count("/") != 1 else not Path(data).exists()):
         raise UserError(f"no data file {data}: give a .jsonl, .json, .csv or .parquet file, or a hub id owner/name")
     return data
-
-def json_line(number: int, line: str) -> Any:
-    """A line of a JSONL file; ValueError with its number if it is no JSON."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as e:
-        raise ValueError(f"line {number}, character {e.colno}: {e.msg}") from e
 
 def read_rows(data: str, split: str) -> list[dict]:
     """Rows of a local JSONL, JSON, CSV or Parquet file, or of a hub set owner/name[:config]."""
@@ -1043,8 +1024,10 @@ def read_rows(data: str, split: str) -> list[dict]:
         elif path.suffix == ".json":
             rows = json.loads(path.read_text(encoding="utf-8-sig"))
         elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8-sig") as f:
-                rows = [json_line(n, line) for n, line in enumerate(f, 1) if line.strip()]
+            rows = []
+            for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+                with refusing(f"cannot read line {number} of {data}"):
+                    rows += [json.loads(line)] if line.strip() else []
         elif path.suffix == ".parquet":  # streamed: nothing is left in a cache, nothing stale is read from one
             rows = list(datasets.load_dataset("parquet", data_files=data, split="train", streaming=True))
         else:
@@ -1076,7 +1059,7 @@ class Gsm8k(Task):
 
     def of_record(self, record):
         gold = record["ground_truth"]  # the official file has null where its own parser failed
-        return {"answer": "" if gold is None else f"{gold:.15g}" if isinstance(gold, float) else str(gold)}
+        return {"answer": "nan" if gold is None else f"{gold:.15g}" if isinstance(gold, float) else str(gold)}
 
     def rewards(self, completion, example, official=False):
         found = completion.split("<answer>")[-1].split("</answer>")[0].strip() if official else last_answer(completion)
@@ -1090,35 +1073,36 @@ class Gsm8k(Task):
         number = parse_number(found)
         right = found == example["answer"] if official else None is not number == parse_number(example["answer"])
         integer = (found or "").isdigit() if official else number is not None and number.denominator == 1
+        # up to .5 for four tags on lines of their own, less .001 a character after the last (official rule)
+        after, rest = len(completion.split("\n</answer>\n")[-1]), len(completion.split("\n</answer>")[-1]) - 1
+        tags = 0.0
+        for tag, more in ("<reasoning>\n", 0), ("\n</reasoning>\n", 0), ("\n<answer>\n", after), ("\n</answer>", rest):
+            tags += (completion.count(tag) == 1) * (0.125 - 0.001 * more)
         return {"correctness": 2.0 * right, "int": 0.5 * integer, "strict_format": 0.5 * bool(strict),
-                "soft_format": 0.5 * soft, "xmlcount": tag_count_reward(completion)}
+                "soft_format": 0.5 * soft, "xmlcount": tags}
 
-    def grade(self, completion, example):
+    def grade(self, completion, example, official=False):
+        def numbers(content):
+            with contextlib.suppress(ValueError):
+                return [float(content.strip())]
+            return [float(n) for n in re.findall(r"-?\d+\.?\d*", content)]
+
+        if official:  # the first box with a number in it, else the last number of the first <answer>
+            boxes = [numbers(content)[:1] for content, end in re.findall(r"\\boxed{([^}\n]*)(}?)", completion) if end]
+            found = next(filter(None, [*boxes, numbers(first_answer(completion) or "")[-1:]]), [None])[0]
+            return verdict(found == self.ground_truth(example), found if found is None else str(found))
         found = last_answer(completion) or ""
         found = last_boxed(found) or found or last_boxed(completion)
         number = parse_number(found)
-        if number is None and found and (numbers := re.findall(r"[-+]?\d[\d,]*(?:\.\d+)?", found[-200:])):
-            number = parse_number(numbers[-1].rstrip(","))  # "72 clips": the last number said
+        if number is None and found and (said := re.findall(r"[-+]?\d[\d,]*(?:\.\d+)?", found[-200:])):
+            number = parse_number(said[-1].rstrip(","))  # "72 clips": the last number said
         return verdict(None is not number == parse_number(example["answer"]), found)
-
-    def official_grade(self, completion, example, gold):
-        """First box with a number in it, else the last number of the first <answer>."""
-        def numbers(content):
-            try:
-                return [float(content.strip())]
-            except ValueError:
-                return [float(n) for n in re.findall(r"-?\d+\.?\d*", content)]
-
-        found = re.findall(r"\\boxed{([^}\n]*)(}?)", completion)
-        boxes = [n for content, end in found if end for n in numbers(content)[:1]]
-        found = (boxes or numbers(first_answer(completion) or "")[-1:] or [None])[0]
-        return verdict(found is not None and found == gold, None if found is None else str(found))
 
 class Math500(Task):
     """Competition problems with a boxed answer; generated stand-ins where no data set is given."""
 
     name, official_name, hub, hub_test = "math500", "math", "ankner/math-500", "HuggingFaceH4/MATH-500"
-    texts = "problem", "answer"
+    texts, says = ("problem", "answer"), "\\boxed{{{}}}"
     system, asks = SYSTEM + "\nPut the final answer in \\boxed{} inside the answer block.", "{problem}"
 
     def generate(self, rng):
@@ -1130,13 +1114,6 @@ class Math500(Task):
     def parse(self, row):
         return {"problem": row["problem"], "answer": last_boxed(row["answer"]) or row["answer"]}
 
-    def of_record(self, record):
-        return {"answer": str(record["ground_truth"])}
-
-    def solve(self, example, rng, careful):
-        work, answer = super().solve(example, rng, careful)
-        return work, f"\\boxed{{{answer}}}"
-
     def rewards(self, completion, example, official=False):
         tagged = "<answer>" in completion
         inside = completion.split("<answer>")[1].split("</answer>")[0] if tagged else completion
@@ -1146,36 +1123,32 @@ class Math500(Task):
                  else self.grade(completion, example).correct)
         return {"correctness": 2.0 * right, "boxed_and_answer_tags": 0.5 * tagged + (0.5 if boxed else 0.25)}
 
-    def grade(self, completion, example):
+    def grade(self, completion, example, official=False):
+        if official:
+            found = official_boxed(completion) or first_answer(completion)
+            return verdict(found is not None and equal_latex(found, example["answer"]), found)
         found = last_boxed(last_answer(completion) or "") or last_boxed(completion)
         return verdict(found is not None and same_mathematics(found.strip(), example["answer"]), found)
-
-    def official_grade(self, completion, example, gold):
-        """Last box, else the first <answer>, compared by `equal_latex`."""
-        found = official_boxed(completion) or first_answer(completion)
-        return verdict(found is not None and equal_latex(found, gold), found)
 
 class Countdown(Task):
     """Reach a target with + - * / and each number once. Embedded: three numbers 1 to 9, in order, + and - alone."""
 
-    name, official_name, hub = "count", "countdown", "Jiayi-Pan/Countdown-Tasks-3to4"
+    name, official_name, hub, careful, tests = "count", "countdown", "Jiayi-Pan/Countdown-Tasks-3to4", 0.35, 256
     system = SYSTEM + ("\nUse each given number exactly once, with + - * / and brackets, to reach the target. "
                        "Answer with the expression alone.")
     asks, stems = "Numbers: {numbers}\nTarget: {target}", ("Numbers: [", "]\nTarget: ")
-    careful, tests = 0.35, 256
+    gold = "numbers", "target"
 
     def generate(self, rng):
-        while True:
-            a, b, c = numbers = [rng.randint(1, 9) for _ in range(3)]
-            middle = a + rng.choice((b, -b))
-            target = middle + rng.choice((c, -c))
-            if middle > 0 and target > 0:
-                return {"numbers": numbers, "target": target}
+        a, b, c = numbers = [rng.randint(1, 9) for _ in range(3)]
+        middle = a + rng.choice((b, -b))
+        target = middle + rng.choice((c, -c))
+        return {"numbers": numbers, "target": target} if middle > 0 and target > 0 else None
 
     def key(self, example):
         """Problems with the same numbers, in any order, and the same target are one problem."""
         numbers = sorted(example["numbers"])
-        return f"{numbers}/{example['target']}" if len(numbers) == 3 and numbers[-1] < 10 else None
+        return f"{self.name}/{numbers}/{example['target']}" if len(numbers) == 3 and numbers[-1] < 10 else None
 
     def parse(self, row):
         if "input" in row:
@@ -1187,9 +1160,6 @@ class Countdown(Task):
         problems = super().examples(split, None if data else n, seed, data)
         return [e for e in problems if data != self.hub or len(e["numbers"]) == 3][:n]
 
-    def of_record(self, record):
-        return dict(zip(("numbers", "target"), record["ground_truth"], strict=True))
-
     def solve(self, example, rng, careful):
         (a, b, c), target = example["numbers"], example["target"]
         middle = {"+": a + b, "-": a - b, "*": a * b}
@@ -1199,9 +1169,6 @@ class Countdown(Task):
         left = f"({a}{first}{b})" if second == "*" and first != "*" else f"{a}{first}{b}"
         return work, f"{left}{second}{c}"
 
-    def ground_truth(self, example):
-        return [example["numbers"], example["target"]]
-
     def rewards(self, completion, example, official=False):
         if not official:
             return {"countdown": {True: 1.0, False: 0.1, None: 0.0}[reaches(last_answer(completion), example)]}
@@ -1209,18 +1176,16 @@ class Countdown(Task):
         right = bool(found) and reaches(found[-1].strip(), example, official)
         return {"countdown": 1.0 if right else 0.1 if found else 0.0}
 
-    def grade(self, completion, example):
+    def grade(self, completion, example, official=False):
+        if official:  # the last box, else the first <answer>, else all of it; the left side of an equation
+            found = next(s for s in (official_boxed(completion), first_answer(completion), completion) if s is not None)
+            found = found.replace("\\div", "/").replace("\\times", "*").replace("\\cdot", "*")
+            if equation := re.search(r"(?<![0-9+\-*/() ])([0-9+\-*/() ]++)=[0-9. ]+", found):
+                found = equation[1].strip()
+            return verdict(reaches(found, example, official) is True, found)
         found = last_answer(completion)
         found = last_boxed(found or completion) or found
-        return verdict(found is not None and reaches(found.split("=")[0], example) is True, found)
-
-    def official_grade(self, completion, example, gold):
-        """Last box, else the first <answer>, else all of it; the left side of an equation."""
-        found = next(s for s in (official_boxed(completion), first_answer(completion), completion) if s is not None)
-        found = found.replace("\\div", "/").replace("\\times", "*").replace("\\cdot", "*")
-        if equation := re.search(r"(?<![0-9+\-*/() ])([0-9+\-*/() ]++)=[0-9. ]+", found):
-            found = equation[1].strip()
-        return verdict(reaches(found, example, official=True) is True, found)
+        return verdict(reaches((found or "").split("=")[0], example) is True, found)
 
 @functools.cache
 def sudoku_grids() -> tuple[str, ...]:
@@ -1233,23 +1198,21 @@ def sudoku_grids() -> tuple[str, ...]:
 class Sudoku(Task):
     """4x4 sudoku with one solution. Embedded puzzles have 8 empty cells, as the published ones."""
 
-    name = official_name = "sudoku"
+    name, official_name, score, gold = "sudoku", "sudoku", "cells", ("solution",)
     system = SYSTEM + ("\nFill the 4x4 grid, 0 = empty, so that rows, columns and 2x2 boxes hold 1 to 4 once. "
                        "Answer with the 16 digits.")
     asks, stems = "Solve the following Sudoku puzzle: {puzzle}", ("Solve the following Sudoku puzzle: ",)
-    overlap, score = "have a solution grid that is", "cells"
+    overlap = "have a solution grid that is"
 
     def generate(self, rng):
-        while True:
-            solution, empty = rng.choice(sudoku_grids()), rng.sample(range(16), 8)
-            puzzle = "".join("0" if i in empty else c for i, c in enumerate(solution))
-            fits = re.compile(puzzle.replace("0", ".")).match
-            if len(list(filter(fits, sudoku_grids()))) == 1:  # one solution
-                return {"puzzle": puzzle, "solution": solution}
+        solution, empty = rng.choice(sudoku_grids()), rng.sample(range(16), 8)
+        puzzle = "".join("0" if i in empty else c for i, c in enumerate(solution))
+        fits = list(filter(re.compile(puzzle.replace("0", ".")).match, sudoku_grids()))
+        return {"puzzle": puzzle, "solution": solution} if len(fits) == 1 else None  # one solution
 
     def key(self, example):
         """[D15] the official test puzzles share solution grids with training; here no grid is in two splits."""
-        return example["solution"]
+        return f"{self.name}/{example['solution']}"
 
     def parse(self, row):
         row = {k.lower(): str(v) for k, v in row.items()}
@@ -1259,15 +1222,12 @@ class Sudoku(Task):
         return {"puzzle": puzzle, "solution": solution}
 
     def of_record(self, record):
-        return {"puzzle": re.search(r"\d{16}", record["question"])[0], "solution": record["ground_truth"]}
+        return super().of_record(record) | {"puzzle": re.search(r"\d{16}", record["question"])[0]}
 
     def solve(self, example, rng, careful):
         if careful:
             return "Rows, columns and boxes.", example["solution"]
         return "I guess.", "".join(rng.choice("1234") if c == "0" else c for c in example["puzzle"])
-
-    def ground_truth(self, example):
-        return example["solution"]
 
     def cells(self, digits: str, example: dict) -> float:
         """Share of the empty cells that are right."""
@@ -1278,21 +1238,18 @@ class Sudoku(Task):
         digits = filter(str.isdigit, "".join(answers(completion)[-1:]))
         return {"sudoku": self.cells("".join(itertools.islice(digits, 16)), example)}
 
-    def grade(self, completion, example):
+    def grade(self, completion, example, official=False):
         found = last_answer(completion)
+        if official:  # what the first of five patterns finds
+            inside, after = completion.partition("<answer>")[2], completion.partition("</answer>")[2]
+            end = r"(?s)(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|{})"
+            matches = (re.search(r"```([\d\s]++)```", inside), re.match(end.format("</answer>"), inside),
+                       re.match(end.format("$"), after), re.search(r"(?<!\d)\d*+(?<=(\d{16}))\s*</answer>", completion),
+                       re.search(r"\b(\d{16})\b", completion))
+            found = next((m[1].strip() for m in matches if m and m[1].strip()), None)
         digits = "".join((found or "").split())
-        return Grade(digits == example["solution"], self.cells(digits, example), found)
-
-    def official_grade(self, completion, example, gold):
-        """Share of empty cells right in what the first of five patterns finds."""
-        inside, after = completion.partition("<answer>")[2], completion.partition("</answer>")[2]
-        end = r"(?s)(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|{})"
-        matches = (re.search(r"```([\d\s]++)```", inside), re.match(end.format("</answer>"), inside),
-                   re.match(end.format("$"), after), re.search(r"(?<!\d)\d*+(?<=(\d{16}))\s*</answer>", completion),
-                   re.search(r"\b(\d{16})\b", completion))
-        found = next((m[1].strip() for m in matches if m and m[1].strip()), "")
-        score = self.cells("".join(found.split()), example)
-        return Grade(score == 1, score, found or None)
+        score = self.cells(digits, example)
+        return Grade(score == 1 if official else digits == example["solution"], score, found)
 
 class Custom(Task):
     """A problem of one's own: rows with a column "prompt", paid by a function with TRL's reward signature.
@@ -1301,24 +1258,18 @@ class Custom(Task):
     a number a completion, 1 or more for a right one. A prompt is a text, or a chat as a list of messages.
     """
 
-    name = official_name = "custom"
-    score = "mean_reward"
+    name, official_name, score, asks = "custom", "custom", "mean_reward", "{prompt}"
 
     def __init__(self, reward: str, pay_errors_zero: bool = False):
         self.path, _, name = reward.rpartition(":")
         self.pay_errors_zero, self.failed = pay_errors_zero, 0
-        try:
+        with refusing(f"--reward {reward} must be FILE.py:FUNCTION, and is not"):
             self.function = runpy.run_path(self.path)[name]
-        except Exception as e:  # whatever somebody's file may raise
-            raise UserError(f"--reward {reward} must be FILE.py:FUNCTION, and is not: {type(e).__name__} {e}") from e
 
     def parse(self, row):
         if not isinstance(row["prompt"], str | list):
             raise ValueError("column 'prompt' must be a text or a list of messages")
         return dict(row)
-
-    def question(self, example):
-        return str(example["prompt"])
 
     def messages(self, example, system=None):
         chat = example["prompt"]
@@ -1340,17 +1291,18 @@ class Custom(Task):
             if len(values) != len(texts) or not all(math.isfinite(v) for v in values):
                 raise ValueError(f"{len(texts)} completions need as many finite numbers, not {str(values)[:80]}")
         except Exception as e:
-            lines = [f", line {f.lineno}" for f in traceback.extract_tb(e.__traceback__) if f.filename == self.path]
             if not self.pay_errors_zero:
-                at = f"--reward: {self.path}" + "".join(lines[-1:])
-                raise UserError(f"{at}: {type(e).__name__}: {e}; --reward_errors zero pays 0 and goes on") from e
+                frames = traceback.extract_tb(e.__traceback__)
+                at = "".join([f", line {f.lineno}" for f in frames if f.filename == self.path][-1:])
+                raise UserError(f"--reward: {self.path}{at}: {type(e).__name__}: {e}; "
+                                "--reward_errors zero pays 0 and goes on") from e
             values, self.failed = [0.0] * len(texts), self.failed + 1
         return [{"reward": float(v)} for v in values]
 
     def rewards(self, completion, example, official=False):
         return self.pay([completion], [example])[0]
 
-    def grade(self, completion, example):
+    def grade(self, completion, example, official=False):
         value = self.rewards(completion, example)["reward"]
         return Grade(value >= 1, value, completion)
 
@@ -1360,10 +1312,7 @@ def grade_generation(task: str, row: dict, mode: str = "strict") -> Grade:
     """Grade a row {"question", "generations", "ground_truth"} of a file; mode "strict" is ours, else "official"."""
     if task not in TASKS or mode not in ("strict", "official"):
         raise ValueError(f"no grading of task {task!r} in mode {mode!r}")
-    example, text = TASKS[task].of_record(row), row["generations"]
-    if mode == "strict":
-        return TASKS[task].grade(text, example)
-    return TASKS[task].official_grade(text, example, row["ground_truth"])
+    return TASKS[task].grade(row["generations"], TASKS[task].of_record(row), mode == "official")
 
 # %% 11. The two stages' loops — Algorithm 2 (masked SFT) and Algorithm 1 (diffu-GRPO)
 def stream(*key) -> Generator:
@@ -1805,8 +1754,7 @@ def generate(model, tokenizer, prompts: list[list[int]], cfg: Settings, gen_leng
 def entry_of(task: Task, row: str, gen_length: int, records: list[dict], examples, cfg: Settings) -> dict:
     """An entry of eval.json: strict accuracy with its interval, the official score, and how replies look."""
     grades = [task.grade(r["generations"], e) for r, e in zip(records, examples, strict=True)]
-    official = [task.official_grade(r["generations"], e, r["ground_truth"])
-                for r, e in zip(records, examples, strict=True)]
+    official = [task.grade(r["generations"], e, official=True) for r, e in zip(records, examples, strict=True)]
     n, hits = len(records), sum(g.correct for g in grades)
     low, high = wilson(hits, n)
     score = {name: sum(g.score for g in grades) / n for name in filter(None, [task.score])}
@@ -2332,7 +2280,7 @@ def run_benchmark(cfg: Settings, screen: Screen, out: Path, before: bool = True)
     say_sizes(task, splits, screen)
     test = splits["test"]
     if cfg.data and task.name in TASKS:
-        seen = sum(task.split(e) == "train" for e in test)
+        seen = sum(split_of(task.key(e)) == "train" for e in test)
         screen.say(f"{cfg.data}: {len(test)} problems; {seen} of them {task.overlap} in the embedded training split")
     look = functools.partial(evaluate, model, tokenizer, task, test, cfg, out=out, screen=screen)
     if cfg.eval_only:

@@ -56,7 +56,7 @@ def test_a_task_of_ones_own(own, tmp_path, capsys):
 
 @pytest.mark.parametrize(("reward", "word"), [
     ("pay.py:fails", "pay.py, line 8: ZeroDivisionError: division by zero"),
-    ("pay.py:few", "8 completions need as many"), ("pay.py:endless", "finite"), ("pay.py:none", "KeyError 'none'"),
+    ("pay.py:few", "8 completions need as many"), ("pay.py:endless", "finite"), ("pay.py:none", "'none' (KeyError)"),
     ("no.py:short", "no.py"), ("pay.py", "FILE.py:FUNCTION"), ("pay.py:number", "not callable"),
 ])
 def test_a_reward_that_fails_is_one_line(own, reward, word, capsys):

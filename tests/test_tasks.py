@@ -85,6 +85,8 @@ def test_rewards_set_right():
                              "xmlcount": pytest.approx(0.5, abs=0.1)}
     official = gsm8k.rewards(GOOD.format("1,234"), example, official=True)
     assert (official["correctness"], official["int"], official["strict_format"]) == (0.0, 0.0, 0.0)
+    twice = gsm8k.rewards("<reasoning>\na\n</reasoning>\n<answer>\n</answer>\n</answer>\n", example)
+    assert twice["xmlcount"] == pytest.approx(0.365)  # ends that share a line break are counted from the left
     count = d1.TASKS["count"]
     e = {"numbers": [3, 7, 50], "target": 143}
     for text, ours, theirs in (("3*50-7", 1.0, 1.0), ("3+50-7", 0.1, 0.1), ("12", 0.0, 0.1)):  # [D11]
