@@ -1808,9 +1808,8 @@ def generate(model, tokenizer, prompts: list[list[int]], cfg: Settings, gen_leng
         completion = out[:, ids.shape[1] :]  # (B, C)
         ended = (completion == tokenizer.eos_token_id).any(1)  # (B,)
         effective = live_tokens(completion, tokenizer.eos_token_id).sum(1) - ended.long()  # (B,) before the EOS
-        replies = zip(reply_texts(tokenizer, completion), effective.tolist(), ended.tolist(), strict=True)
-        yield [(i, dict(generations=text, effective_tokens=n, ended=end))
-               for i, (text, n, end) in zip(chosen, replies, strict=True)]
+        replies = zip(chosen, reply_texts(tokenizer, completion), effective.tolist(), ended.tolist(), strict=True)
+        yield [(i, dict(generations=text, effective_tokens=n, ended=end)) for i, text, n, end in replies]
 
 def entry_of(task: Task, row: str, gen_length: int, records: list[dict], examples, cfg: Settings) -> dict:
     """An entry of eval.json: strict accuracy with its interval, the official score, and how replies look."""
@@ -1819,7 +1818,7 @@ def entry_of(task: Task, row: str, gen_length: int, records: list[dict], example
                 for r, e in zip(records, examples, strict=True)]
     n, hits = len(records), sum(g.correct for g in grades)
     low, high = wilson(hits, n)
-    score = {name: sum(g.score for g in grades) / n for name in filter(None, [task.score])}
+    score = {task.score: sum(g.score for g in grades) / n} if task.score else {}
     return {
         "task": task.name, "row": row, "gen_length": gen_length, "n": n, "accuracy": hits / n, "low": low, "high": high,
         **score, "official": sum(g.score for g in official) / n,
@@ -2124,7 +2123,7 @@ def plot_curves(out: Path) -> None:
 
 # %% 16. Main — settings, launch, dry run
 def parse_words(words: Sequence[str] | None) -> dict[str, Any]:
-    """The values of the flags, one per field of Settings, among command-line words. UserError on other words."""
+    """The values of the flags, one per field of Settings, among command-line words. UserError on another word."""
     parser = argparse.ArgumentParser(
         prog="d1_full.py", allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.split("\n\n")[0],
@@ -2144,9 +2143,8 @@ def parse_words(words: Sequence[str] | None) -> dict[str, Any]:
         parser.add_argument(f"--{f.name}", help=text, **kind)
     known, unknown = parser.parse_known_args(words)
     if unknown:
-        flags = [f"--{name}" for name in Settings.__dataclass_fields__]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{k}" for k in Settings.__annotations__], 1)
+        hint = "".join(f"; did you mean {flag}?" for flag in near)
         raise UserError(f"unknown argument {unknown[0]}{hint} (--help lists all)")
     return vars(known)
 
@@ -2421,8 +2419,8 @@ def skeleton(cfg: Settings):
     with refusing(f"cannot load {base}"), torch.device("meta"):
         network, config = network_of(base, raw)
         model = (getattr(network, "from_config", None) or network._from_config)(config)
-        lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
-        return adapt_with_lora(model, *lora) if cfg.use_lora and not cfg.eval_only else model
+        adapts = cfg.use_lora and not cfg.eval_only
+        return adapt_with_lora(model, cfg.lora_r, cfg.lora_alpha, targets=cfg.lora_targets) if adapts else model
 
 def bytes_per_token(config, r: int, checkpointing: bool) -> float:
     """What backward keeps of one token, in bytes: a Llama in bf16 arithmetic, fp32 norms, fused attention."""
@@ -2435,7 +2433,8 @@ def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
     """Print every setting with where it came from, and what the run will need."""
     rows = [(f.name, getattr(cfg, f.name), origin[f.name], f.metadata["source"]) for f in dataclasses.fields(Settings)]
     screen.table("Settings", ["setting", "value", "from", "source of the default"], rows)
-    model, tiny, trains = skeleton(cfg), cfg.preset == "tiny", bool(cfg.task) and not cfg.eval_only
+    model = skeleton(cfg)
+    config, tiny, trains = model.config, cfg.preset == "tiny", bool(cfg.task) and not cfg.eval_only
     sft, rl = trains and not (cfg.skip_sft and cfg.task in RL_TASKS), trains and cfg.task != "sft_only"
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * (not cfg.eval_only)
     adapters = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
@@ -2445,15 +2444,14 @@ def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
     rows_sft, steps = min(cfg.rows_sft, cfg.bs_sft), cfg.diffusion_steps or cfg.gen_length // 2
     updates_sft, updates_rl = cfg.steps_sft * sft, cfg.steps_rl * rl * (8 if cfg.task == "table1" else 1)
     back = (4 if cfg.use_lora else 6) + 2 * cfg.grad_checkpoint  # LoRA needs no gradient of the frozen weights
-    both = "forward + backward passes"
     needs, flops = [("parameters, of which trained", f"{total + adapters:,}, {trained:,}")], 0.0
     for name, updates, passes, rows, length, cost in (  # passes an update; FLOPs a weight and token
-        (f"SFT: {both}", updates_sft, cfg.bs_sft / rows_sft, rows_sft, cfg.sft_length, back),
+        ("SFT: forward + backward passes", updates_sft, cfg.bs_sft / rows_sft, rows_sft, cfg.sft_length, back),
         ("RL rollouts: forward passes", updates_rl, steps * cfg.grad_accum / cfg.mu, cfg.bs_rl, row_rl, 2),
         ("RL old, ref: forward passes", updates_rl, cfg.grad_accum * (1 + bool(cfg.beta)), cfg.bs_rl, row_rl, 2),
-        (f"RL updates: {both}", updates_rl, cfg.grad_accum, cfg.bs_rl, row_rl, back),
+        ("RL updates: forward + backward passes", updates_rl, cfg.grad_accum, cfg.bs_rl, row_rl, back),
     ):
-        attention = 2 * model.config.hidden_size * model.config.num_hidden_layers * length
+        attention = 2 * config.hidden_size * config.num_hidden_layers * length
         each = passes * rows * length * cost * (multiplied + attention)
         flops += each * updates
         if updates:
@@ -2465,12 +2463,12 @@ def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
     copies = 2 if rl and cfg.beta and not cfg.use_lora else 1  # the frozen reference
     tokens = max(rows_sft * cfg.sft_length * sft, cfg.bs_rl * row_rl * rl)
     replies = max(rows_sft * cfg.sft_length // 2 * sft, cfg.bs_rl * cfg.gen_length * rl)
-    kept = bytes_per_token(model.config, cfg.lora_r * cfg.use_lora, cfg.grad_checkpoint) * tokens
+    kept = bytes_per_token(config, cfg.lora_r * cfg.use_lora, cfg.grad_checkpoint) * tokens
     memory = {
         "weights" + " and reference" * (copies == 2): copies * (packed * 0.516 + (total - packed) * width),
         "adapters": 4.0 * adapters, "gradients": 4.0 * trained, "AdamW": 8.0 * trained,
         "activations": kept + 2.0 * trained,  # the latter: bf16 copies of fp32 weights
-        "logits": model.config.vocab_size * (12.0 * replies + 2 * tokens),
+        "logits": config.vocab_size * (12.0 * replies + 2 * tokens),
     }
     needs += [(f"memory: {name}", f"{size / 2**30:.3f} GiB") for name, size in memory.items() if size]
     needs += [("memory: peak, about", f"{sum(memory.values()) / 2**30:.2f} GiB"),
@@ -2478,14 +2476,18 @@ def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
               ("evaluation lengths", cfg.eval_lengths)]
     screen.table("What the run needs", ["quantity", "value"], needs)
 
-def run(cfg: Settings, given: dict, screen: Screen) -> None:
-    """Do the task and show its results."""
+def run(argv: Sequence[str] | None) -> None:
+    """Do what the command line says and show the results."""
+    given = read_flags(argv)
+    cfg, origin = settle(given)
+    screen = Screen()
+    if cfg.dry_run:
+        return dry_run(cfg, origin, screen)
     torch.set_num_threads(cfg.threads or min(torch.get_num_threads(), 8))
     if not cfg.task:
         model, tokenizer = open_model(cfg, screen)
         export_merged(model, tokenizer, Path(cfg.output_dir), cfg.export)
-        screen.say(f"{cfg.model} is now in {cfg.output_dir}, in the form {cfg.export}")
-        return
+        return screen.say(f"{cfg.model} is now in {cfg.output_dir}, in the form {cfg.export}")
     began, out = time.monotonic(), Path(cfg.output_dir) / {"sft_only": "sft"}.get(cfg.task, cfg.task)
     if cfg.resume and not (out if cfg.task == "table1" else out / "trainer").exists():
         raise UserError(f"nothing to resume in {out}: run without --resume")
@@ -2503,13 +2505,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' notes to their own developers
     logging.disable(logging.ERROR)
     try:
-        given = read_flags(argv)
-        cfg, origin = settle(given)
-        screen = Screen()
-        if cfg.dry_run:
-            dry_run(cfg, origin, screen)
-        else:
-            run(cfg, given, screen)
+        run(argv)
     except (UserError, NonFiniteLoss, OSError, argparse.ArgumentError) as e:
         if "--debug" in (sys.argv if argv is None else argv):
             raise
