@@ -2159,10 +2159,9 @@ def config_words(path: str) -> list[str]:
 
 def read_flags(argv: Sequence[str] | None) -> dict[str, tuple[Any, str]]:
     """What the user gave: {name: (value, "command line" or "config")}; the command line wins."""
-    given = {k: (v, "command line") for k, v in parse_words(argv).items()}
-    if "config" in given:
-        given = {k: (v, "config") for k, v in parse_words(config_words(given["config"][0])).items()} | given
-    return given
+    typed = parse_words(argv)
+    filed = parse_words(config_words(typed["config"])) if "config" in typed else {}
+    return {k: (v, "config") for k, v in filed.items()} | {k: (v, "command line") for k, v in typed.items()}
 
 def settle(given: dict[str, tuple[Any, str]]) -> tuple[Settings, dict[str, str]]:
     """Fill every setting: given, else the preset's default. Returns (settings, {name: where it came from})."""
@@ -2223,10 +2222,7 @@ def validate(cfg: Settings) -> None:
         check_source(source)
 
 def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) -> list[tuple[list[int], int]]:
-    """The SFT corpus as (ids, prompt_len): generated demonstrations, most of them careless, or a file's traces.
-
-    A file's rows that are malformed or too long are counted and named.
-    """
+    """The SFT corpus as (ids, prompt_len): demonstrations, most careless, or a file's traces; bad rows are named."""
     if not cfg.sft_data:
         rng, rows = random.Random(f"sft/{cfg.seed}"), []
         for task in tasks:
@@ -2248,10 +2244,9 @@ def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) ->
         raise UserError(f"{cfg.sft_data}: no usable row; needs texts in the columns question, thinking_trajectories, "
                         f"attempt (s1K) or question, reply, and prompts under --sft_length {size} tokens")
     screen.say(f"{cfg.sft_data}: {len(rows)} traces")
-    for why, numbers in {
-        "malformed or all prompt, left out": [n for n, (_, prompt_len) in traces.items() if prompt_len >= size],
-        f"cut at --sft_length {size}": [n for n, (ids, prompt_len) in traces.items() if len(ids) > size > prompt_len],
-    }.items():
+    bad = [n for n, (_, prompt_len) in traces.items() if prompt_len >= size]
+    long = [n for n, (ids, prompt_len) in traces.items() if len(ids) > size > prompt_len]
+    for numbers, why in ((bad, "malformed or all prompt, left out"), (long, f"cut at --sft_length {size}")):
         if numbers:
             first = ", ".join(map(str, numbers[:8])) + ", ..." * (len(numbers) > 8)
             screen.say(f"  {len(numbers)} {why}: row number {first}")
@@ -2385,9 +2380,8 @@ def run_all_tasks(cfg: Settings, screen: Screen, out: Path, row: str = "sft") ->
         traces = sft_rows(cfg, tokenizer, list(TASKS.values()), screen)
         prepare_folder(cfg, out, screen)
         run_stage(MaskedSFT(model, tokenizer, traces, cfg, out), ["sft"], cfg, screen)
-    tests = {} if cfg.skip_eval else {name: problems_of(cfg, task, "test") for name, task in TASKS.items()}
-    done = [evaluate(model, tokenizer, TASKS[t], rows, cfg, row, out, screen) for t, rows in tests.items()]
-    return list(itertools.chain(*done))
+    tests = [(task, problems_of(cfg, task, "test")) for task in TASKS.values() if not cfg.skip_eval]
+    return [e for task, rows in tests for e in evaluate(model, tokenizer, task, rows, cfg, row, out, screen)]
 
 def run_table1(cfg: Settings, screen: Screen, out: Path, given: dict) -> list[dict]:
     """The paper's Table 1 on the model given: base, +SFT, +diffu-GRPO, d1. Finished parts are not redone."""
