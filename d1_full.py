@@ -1747,9 +1747,8 @@ def generate(model, tokenizer, prompts: list[list[int]], cfg: Settings, gen_leng
         completion = out[:, ids.shape[1] :]  # (B, C)
         ended = (completion == tokenizer.eos_token_id).any(1)  # (B,)
         effective = live_tokens(completion, tokenizer.eos_token_id).sum(1) - ended.long()  # (B,) before the EOS
-        replies = zip(reply_texts(tokenizer, completion), effective.tolist(), ended.tolist(), strict=True)
-        yield [(i, dict(generations=text, effective_tokens=n, ended=end))
-               for i, (text, n, end) in zip(chosen, replies, strict=True)]
+        replies = zip(chosen, reply_texts(tokenizer, completion), effective.tolist(), ended.tolist(), strict=True)
+        yield [(i, dict(generations=text, effective_tokens=n, ended=end)) for i, text, n, end in replies]
 
 def entry_of(task: Task, row: str, gen_length: int, records: list[dict], examples, cfg: Settings) -> dict:
     """An entry of eval.json: strict accuracy with its interval, the official score, and how replies look."""
@@ -1757,7 +1756,7 @@ def entry_of(task: Task, row: str, gen_length: int, records: list[dict], example
     official = [task.grade(r["generations"], e, official=True) for r, e in zip(records, examples, strict=True)]
     n, hits = len(records), sum(g.correct for g in grades)
     low, high = wilson(hits, n)
-    score = {name: sum(g.score for g in grades) / n for name in filter(None, [task.score])}
+    score = {task.score: sum(g.score for g in grades) / n} if task.score else {}
     return {
         "task": task.name, "row": row, "gen_length": gen_length, "n": n, "accuracy": hits / n, "low": low, "high": high,
         **score, "official": sum(g.score for g in official) / n,
@@ -2056,31 +2055,31 @@ def plot_curves(out: Path) -> None:
     write_whole(out / "curves.png", lambda part: figure.savefig(part, format="png", dpi=120))
 
 # %% 16. Main — settings, launch, dry run
-class Parser(argparse.ArgumentParser):
-    """argparse that answers a mistake with one line."""
-
-    def error(self, message: str):
-        raise UserError(message)
-
-def build_parser() -> Parser:
-    """One flag per field of Settings; help = text, defaults, source."""
-    parser = Parser(
-        prog="d1_full.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__.split("\n\n")[0],
+def parse_words(words: Sequence[str] | None) -> dict[str, Any]:
+    """The values of the flags, one per field of Settings, among command-line words. UserError on another word."""
+    parser = argparse.ArgumentParser(
+        prog="d1_full.py", allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.split("\n\n")[0],
         epilog="Start here:  python d1_full.py --task sudoku        (the embedded model, offline, minutes)\n"
                "             python d1_full.py --task sudoku --dry_run   (settings and cost, nothing run)")
-    kinds = {"int": int, "float": float, "str": str}
     for f in dataclasses.fields(Settings):
-        m = f.metadata
-        each = [f"{preset} {value!r}" for preset, value in m["columns"].items()]
-        default = each[0].removeprefix("paper ") if len({e.split(" ", 1)[1] for e in each}) == 1 else " | ".join(each)
-        text = f"{m['help']}. Default: {default}. [{m['source']}]".replace("%", "%%")
+        m, columns = f.metadata, {preset: repr(value) for preset, value in f.metadata["columns"].items()}
+        alike = len(set(columns.values())) == 1
+        default = columns["paper"] if alike else " | ".join(f"{preset} {value}" for preset, value in columns.items())
         if f.type == "bool":
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=None, help=text)
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif m["choices"]:
+            kind = dict(choices=m["choices"])
         else:
-            shape = dict(choices=m["choices"]) if m["choices"] else dict(metavar=f.type.upper())
-            parser.add_argument(f"--{f.name}", type=kinds[f.type], default=None, help=text, **shape)
-    return parser
+            kind = dict(type=dict(int=int, float=float, str=str)[f.type], metavar=f.type.upper())
+        text = f"{m['help']}. Default: {default}. [{m['source']}]".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", help=text, **kind)
+    known, unknown = parser.parse_known_args(words)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{k}" for k in Settings.__annotations__], 1)
+        hint = "".join(f"; did you mean {flag}?" for flag in near)
+        raise UserError(f"unknown argument {unknown[0]}{hint} (--help lists all)")
+    return vars(known)
 
 def config_words(path: str) -> list[str]:
     """A YAML file's settings as command-line words, so that one parser reads both."""
@@ -2091,30 +2090,16 @@ def config_words(path: str) -> list[str]:
             raise ValueError("write one 'flag: value' a line")
     return [f"--{k}" if v is True else f"--no-{k}" if v is False else f"--{k}={v}" for k, v in content.items()]
 
-def parse_words(words: Sequence[str] | None) -> dict[str, Any]:
-    """The flags among command-line words, and their values. UserError on a word that is none."""
-    known, unknown = build_parser().parse_known_args(words)
-    if unknown:
-        flags = [f"--{f.name}" for f in dataclasses.fields(Settings)]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"unknown argument {unknown[0]}{hint} (--help lists all)")
-    return {k: v for k, v in vars(known).items() if v is not None}
-
 def read_flags(argv: Sequence[str] | None) -> dict[str, tuple[Any, str]]:
     """What the user gave: {name: (value, "command line" or "config")}; the command line wins."""
-    given = {k: (v, "command line") for k, v in parse_words(argv).items()}
-    if "config" in given:
-        given = {k: (v, "config") for k, v in parse_words(config_words(given["config"][0])).items()} | given
-    return given
+    typed = parse_words(argv)
+    filed = parse_words(config_words(typed["config"])) if "config" in typed else {}
+    return {k: (v, "config") for k, v in filed.items()} | {k: (v, "command line") for k, v in typed.items()}
 
 def settle(given: dict[str, tuple[Any, str]]) -> tuple[Settings, dict[str, str]]:
     """Fill every setting: given, else the preset's default. Returns (settings, {name: where it came from})."""
-    task = given.get("task", ("", ""))[0]
-    if not task and "export" not in given:
-        raise UserError(f"--task is needed: one of {', '.join(TASK_CHOICES)}")
-    model = given.get("model", ("tiny", ""))[0]
-    preset = given.get("preset", ("auto", ""))[0]
+    plain = {name: value for name, (value, _) in given.items()}
+    task, model, preset = plain.get("task", ""), plain.get("model", "tiny"), plain.get("preset", "auto")
     if preset == "auto":
         small = model == "tiny" or read_json(Path(model, "d1_state.json")).get("preset") == "tiny"
         preset = "tiny" if small else "paper"
@@ -2122,9 +2107,8 @@ def settle(given: dict[str, tuple[Any, str]]) -> tuple[Settings, dict[str, str]]
     for f in dataclasses.fields(Settings):
         default = f.metadata["columns"][preset]
         default = default.get(task, default.get("*")) if isinstance(default, dict) else default
-        value, where = given.get(f.name, (default, f"preset {preset}"))
+        value, origin[f.name] = given.get(f.name, (default, f"preset {preset}"))
         setattr(cfg, f.name, float(value) if f.type == "float" else value)
-        origin[f.name] = where
     cfg.preset = preset
     validate(cfg)
     return cfg, origin
@@ -2148,6 +2132,7 @@ def validate(cfg: Settings) -> None:
         raise UserError(f"--diffusion_steps {cfg.diffusion_steps} must be from {blocks}, one a block, to --gen_length")
     trains, flash = bool(cfg.task) and not cfg.eval_only, cfg.attn == "flash_attention_2"
     for wrong, text in (
+        (not (cfg.task or cfg.export), f"--task is needed: one of {', '.join(TASK_CHOICES)}"),
         (cfg.bs_rl % cfg.group, f"--bs_rl {cfg.bs_rl} must be a multiple of --group {cfg.group}"),
         (cfg.eval_only and cfg.task not in RL_TASKS, f"--eval_only needs a benchmark: --task {', '.join(RL_TASKS)}"),
         ((cfg.task == "custom") != bool(cfg.reward), "--task custom and --reward FILE.py:FUNCTION go together"),
@@ -2170,39 +2155,31 @@ def validate(cfg: Settings) -> None:
         check_source(source)
 
 def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) -> list[tuple[list[int], int]]:
-    """The SFT corpus as (ids, prompt_len): a file's traces, or generated demonstrations, most of them careless."""
-    if cfg.sft_data:
-        return read_traces(cfg, tokenizer, screen)
-    rng, rows = random.Random(f"sft/{cfg.seed}"), []
-    for task in tasks:
-        for example in task.examples("train", cfg.n_traces, seed=cfg.seed):
-            reply = task.demonstrate(example, rng, careful=rng.random() < task.careful)
-            rows.append(encode_example(tokenizer, task.messages(example), reply))
-    return rows
-
-def read_traces(cfg: Settings, tokenizer, screen: Screen) -> list[tuple[list[int], int]]:
-    """(ids, prompt_len) of each trace of --sft_data; rows that are malformed or too long are counted and named."""
-    rows, bad, long = [], [], []
+    """The SFT corpus as (ids, prompt_len): demonstrations, most careless, or a file's traces; bad rows are named."""
+    if not cfg.sft_data:
+        rng, rows = random.Random(f"sft/{cfg.seed}"), []
+        for task in tasks:
+            for example in task.examples("train", cfg.n_traces, seed=cfg.seed):
+                reply = task.demonstrate(example, rng, careful=rng.random() < task.careful)
+                rows.append(encode_example(tokenizer, task.messages(example), reply))
+        return rows
+    size, traces = cfg.sft_length, {}  # by row number
     for number, row in enumerate(read_rows(cfg.sft_data, "train"), 1):
         question, reply, thoughts = row.get("question"), row.get("reply"), row.get("thinking_trajectories")
         thoughts = thoughts[0] if isinstance(thoughts, list) and thoughts else thoughts
         if thoughts and isinstance(thoughts, str) and isinstance(row.get("attempt"), str):
             reply = f"<reasoning>\n{thoughts}\n</reasoning>\n<answer>\n{row['attempt']}\n</answer>"
-        ids, prompt_len = [], cfg.sft_length
-        if question and reply and isinstance(question, str) and isinstance(reply, str):
-            chat = [{"role": "user", "content": f"{SYSTEM}\n\n{question}"}]
-            ids, prompt_len = encode_example(tokenizer, chat, reply)
-        if len(ids) > cfg.sft_length > prompt_len:
-            long.append(number)
-        if prompt_len < cfg.sft_length:
-            rows.append((ids, prompt_len))
-        else:
-            bad.append(number)
+        usable = all(text and isinstance(text, str) for text in (question, reply))
+        chat = [{"role": "user", "content": f"{SYSTEM}\n\n{question}"}]
+        traces[number] = encode_example(tokenizer, chat, reply) if usable else ([], size)
+    rows = [(ids, prompt_len) for ids, prompt_len in traces.values() if prompt_len < size]
     if not rows:
         raise UserError(f"{cfg.sft_data}: no usable row; needs texts in the columns question, thinking_trajectories, "
-                        f"attempt (s1K) or question, reply, and prompts under --sft_length {cfg.sft_length} tokens")
+                        f"attempt (s1K) or question, reply, and prompts under --sft_length {size} tokens")
     screen.say(f"{cfg.sft_data}: {len(rows)} traces")
-    for numbers, why in ((bad, "malformed or all prompt, left out"), (long, f"cut at --sft_length {cfg.sft_length}")):
+    bad = [n for n, (_, prompt_len) in traces.items() if prompt_len >= size]
+    long = [n for n, (ids, prompt_len) in traces.items() if len(ids) > size > prompt_len]
+    for numbers, why in ((bad, "malformed or all prompt, left out"), (long, f"cut at --sft_length {size}")):
         if numbers:
             first = ", ".join(map(str, numbers[:8])) + ", ..." * (len(numbers) > 8)
             screen.say(f"  {len(numbers)} {why}: row number {first}")
@@ -2215,21 +2192,17 @@ def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
         draws = -(-cfg.steps_rl // cfg.mu) * cfg.grad_accum * (cfg.bs_rl // cfg.group)
         sizes = {"train": max(min(draws, 20000), 1), "heldout": 128, "test": cfg.limit or 256}
         return task.examples(split, sizes[split], seed=cfg.seed if split == "train" else 0)
-    own_test = has_test_split(source)
+    import datasets
+    with refusing(f"cannot read {source}; without a network give a local file"):  # a hub set may have a test split
+        own_test = not Path(source).is_file() and "test" in datasets.get_dataset_split_names(*source.split(":"))
     rows = task.examples("test" if split == "test" and own_test else "train", data=source)
-    if not (split == "test" and (own_test or (cfg.eval_only and cfg.data))):
-        parts = {"train": ("train", "test") if own_test else ("train",)}.get(split, (split,))
+    if split != "test" or not (own_test or (cfg.eval_only and cfg.data)):
+        parts = (split, "test") if split == "train" and own_test else (split,)
         rows = [r for r in rows if split_of(json.dumps(r, sort_keys=True, default=str)) in parts]
     if not rows:
         raise UserError(f"{source} has no problems for the {split} split")
     limit = split == "test" and (cfg.limit or (not cfg.data and task.tests))
-    return rows[:limit] if limit else rows
-
-def has_test_split(source: str) -> bool:
-    """Whether a data source is a hub set with a test split of its own."""
-    import datasets
-    with refusing(f"cannot read {source}; without a network give a local file"):
-        return not Path(source).is_file() and "test" in datasets.get_dataset_split_names(*source.split(":"))
+    return rows[: limit or None]
 
 def say_sizes(task: Task, splits: dict[str, list[dict]], screen: Screen) -> None:
     """Print how many problems each split has, and how many are in two."""
@@ -2333,47 +2306,34 @@ def open_model(cfg: Settings, screen: Screen):
     screen.say(f"preset {cfg.preset}, seed {cfg.seed}; {str(model.dtype).split('.')[1]}; {machine}")
     return model, tokenizer
 
-def run_sft_only(cfg: Settings, screen: Screen, out: Path) -> list[dict]:
-    """Stage 1 on all tasks' traces, one checkpoint."""
+def run_all_tasks(cfg: Settings, screen: Screen, out: Path, row: str = "sft") -> list[dict]:
+    """Stage 1 on all tasks' traces, one checkpoint, unless --eval_only; then all four benchmarks at all lengths."""
     model, tokenizer = open_model(cfg, screen)
-    rows = sft_rows(cfg, tokenizer, list(TASKS.values()), screen)
-    prepare_folder(cfg, out, screen)
-    run_stage(MaskedSFT(model, tokenizer, rows, cfg, out), ["sft"], cfg, screen)
-    return [] if cfg.skip_eval else evaluate_tasks(cfg, model, tokenizer, "sft", screen, out)
-
-def evaluate_tasks(cfg: Settings, model, tokenizer, row: str, screen: Screen, out: Path) -> list[dict]:
-    """All four benchmarks at all lengths."""
-    tests = {name: problems_of(cfg, task, "test") for name, task in TASKS.items()}
-    done = [evaluate(model, tokenizer, TASKS[t], rows, cfg, row, out, screen) for t, rows in tests.items()]
-    return list(itertools.chain(*done))
+    if not cfg.eval_only:
+        traces = sft_rows(cfg, tokenizer, list(TASKS.values()), screen)
+        prepare_folder(cfg, out, screen)
+        run_stage(MaskedSFT(model, tokenizer, traces, cfg, out), ["sft"], cfg, screen)
+    tests = [(task, problems_of(cfg, task, "test")) for task in TASKS.values() if not cfg.skip_eval]
+    return [e for task, rows in tests for e in evaluate(model, tokenizer, task, rows, cfg, row, out, screen)]
 
 def run_table1(cfg: Settings, screen: Screen, out: Path, given: dict) -> list[dict]:
     """The paper's Table 1 on the model given: base, +SFT, +diffu-GRPO, d1. Finished parts are not redone."""
     sft, entries = out.parent / "sft", []  # where --task sft_only leaves it
-
-    def part(task: str, row: str, folder: Path, model: str) -> None:
-        """Train, unless `folder` holds the checkpoint of a run with these settings; keep the row's entries."""
+    parts = [("table1", "base", out / "base", cfg.model), ("sft_only", "sft", sft, cfg.model)]
+    starts = {"diffu_grpo": cfg.model, "d1": str(sft)}
+    parts += [(task, row, out / f"{task}_{row}", start) for task in TASKS for row, start in starts.items()]
+    for task, row, folder, model in parts:
         changes = {"task": task, "model": model, "skip_sft": task in TASKS, "skip_eval": False, "preset": cfg.preset,
                    "resume": cfg.resume and (folder / "trainer").exists()}
         own = settle(given | {k: (v, "table1") for k, v in changes.items()})[0]
         state = read_json(folder / "d1_state.json").get("settings")
-        trained = bool(state) and not changed_settings(state, own)
+        trained = bool(state) and not changed_settings(state, own)  # the checkpoint of a run with these settings
         screen.say(f"--- table1: {folder}" + ", trained already" * trained)
         if trained or row == "base":
             own = dataclasses.replace(own, model=str(folder) if trained else model, eval_only=True)
-        if task in TASKS:
-            made = run_benchmark(own, screen, folder, before=False)
-        elif own.eval_only:
-            made = evaluate_tasks(own, *open_model(own, screen), row, screen, folder)
-        else:
-            made = run_sft_only(own, screen, folder)
-        entries.extend(e for e in made if e["row"] == row)
-
-    part("table1", "base", out / "base", cfg.model)
-    part("sft_only", "sft", sft, cfg.model)
-    for task in TASKS:
-        part(task, "diffu_grpo", out / f"{task}_diffu_grpo", cfg.model)
-        part(task, "d1", out / f"{task}_d1", str(sft))
+        single = task in TASKS
+        made = run_benchmark(own, screen, folder, before=False) if single else run_all_tasks(own, screen, folder, row)
+        entries += [e for e in made if e["row"] == row]
     write_json(out / "eval.json", entries)
     return sorted(entries, key=lambda e: (list(TASKS).index(e["task"]), list(ROW_TITLES).index(e["row"])))
 
@@ -2386,8 +2346,8 @@ def skeleton(cfg: Settings):
     with refusing(f"cannot load {base}"), torch.device("meta"):
         network, config = network_of(base, raw)
         model = (getattr(network, "from_config", None) or network._from_config)(config)
-        lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
-        return adapt_with_lora(model, *lora) if cfg.use_lora and not cfg.eval_only else model
+        adapts = cfg.use_lora and not cfg.eval_only
+        return adapt_with_lora(model, cfg.lora_r, cfg.lora_alpha, targets=cfg.lora_targets) if adapts else model
 
 def bytes_per_token(config, r: int, checkpointing: bool) -> float:
     """What backward keeps of one token, in bytes: a Llama in bf16 arithmetic, fp32 norms, fused attention."""
@@ -2396,74 +2356,71 @@ def bytes_per_token(config, r: int, checkpointing: bool) -> float:
     block = 28 * d + 8 * f + 14 * r if r else 34 * d + 8 * f  # full training has fp32 residuals and norms
     return 2 * d * layers + block if checkpointing else block * layers
 
-def plan(cfg: Settings) -> list[tuple[str, str]]:
-    """What the run will need: (quantity, value) lines for --dry_run."""
-    model = skeleton(cfg)
-    config, gib, sized = model.config, 2**30, "tiny" if cfg.preset == "tiny" else "real"
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * (not cfg.eval_only)
-    adapters = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
-    total = sum(p.numel() for p in model.parameters()) - adapters
-    packed = sum(m.weight.numel() for m in block_linears(model).values()) if cfg.load_4bit else 0
-    width = 4 if sized == "tiny" or not (cfg.use_lora or cfg.eval_only) else 2  # bytes of a weight; NF4 has .516
-    sft = cfg.task in ("sft_only", "table1") or (cfg.task in RL_TASKS and not cfg.skip_sft and not cfg.eval_only)
-    rl = cfg.task in (*RL_TASKS, "table1") and not cfg.eval_only
-    prompt = 24 if sized == "tiny" else cfg.max_prompt
-    steps = cfg.diffusion_steps or cfg.gen_length // 2
-    back = (4 if cfg.use_lora else 6) + 2 * cfg.grad_checkpoint  # LoRA needs no gradient of the frozen weights
-    row, rows_sft = prompt + cfg.gen_length, min(cfg.rows_sft, cfg.bs_sft)
-    updates_rl = cfg.steps_rl * rl * (8 if cfg.task == "table1" else 1)
-    work = {  # name: (passes an update, updates, tokens a pass, FLOPs a weight and token)
-        "SFT: forward + backward passes": (cfg.bs_sft / rows_sft, cfg.steps_sft * sft, rows_sft * cfg.sft_length, back),
-        "RL rollouts: forward passes": (steps * cfg.grad_accum / cfg.mu, updates_rl, cfg.bs_rl * row, 2),
-        "RL old, ref: forward passes": (cfg.grad_accum * (1 + bool(cfg.beta)), updates_rl, cfg.bs_rl * row, 2),
-        "RL updates: forward + backward passes": (cfg.grad_accum, updates_rl, cfg.bs_rl * row, back),
-    }
-    weights = total - model.get_input_embeddings().weight.numel()
-    lines, whole = [("parameters, of which trained", f"{total + adapters:,}, {trained:,}")], 0.0
-    for name, (passes, updates, tokens, cost) in work.items():
-        if updates:
-            flops = passes * tokens * cost * (weights + 2 * config.hidden_size * config.num_hidden_layers
-                                              * (row if name.startswith("RL") else cfg.sft_length))
-            whole += flops * updates
-            lines.append((name, f"{passes:.4g} of {tokens:,} tokens an update, {flops:.2e} FLOPs; "
-                                f"{passes * updates:,.0f} in the run"))
-    lines.append(("FLOPs of training, a process", f"{whole:.2e}: {whole / 2e14 / 3600:,.1f} h at 200 TFLOP/s"))
-    copies = 2 if rl and cfg.beta and not cfg.use_lora else 1  # the frozen reference
-    tokens = max(rows_sft * cfg.sft_length * sft, cfg.bs_rl * row * rl)
-    replies = max(rows_sft * cfg.sft_length // 2 * sft, cfg.bs_rl * cfg.gen_length * rl)
-    left = bytes_per_token(config, cfg.lora_r * cfg.use_lora, cfg.grad_checkpoint) * tokens
-    memory = {
-        "weights" + " and reference" * (copies == 2): copies * (packed * 0.516 + (total - packed) * width),
-        "adapters": 4.0 * adapters, "gradients": 4.0 * trained, "AdamW": 8.0 * trained,
-        "activations": left + 2.0 * trained,  # the latter: bf16 copies of fp32 weights
-        "logits": config.vocab_size * (12.0 * replies + 2 * tokens),
-    }
-    lines += [(f"memory: {k}", f"{v / gib:.3f} GiB") for k, v in memory.items() if v]
-    lines += [("memory: peak, about", f"{sum(memory.values()) / gib:.2f} GiB"),
-              ("disk: weights and trainer state", f"{trained * 16 / gib:.3f} GiB"),
-              ("evaluation lengths", cfg.eval_lengths)]
-    return lines
-
 def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
     """Print every setting with where it came from, and what the run will need."""
     rows = [(f.name, getattr(cfg, f.name), origin[f.name], f.metadata["source"]) for f in dataclasses.fields(Settings)]
     screen.table("Settings", ["setting", "value", "from", "source of the default"], rows)
-    screen.table("What the run needs", ["quantity", "value"], plan(cfg))
+    model = skeleton(cfg)
+    config, tiny, trains = model.config, cfg.preset == "tiny", bool(cfg.task) and not cfg.eval_only
+    sft, rl = trains and not (cfg.skip_sft and cfg.task in RL_TASKS), trains and cfg.task != "sft_only"
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * (not cfg.eval_only)
+    adapters = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    total = sum(p.numel() for p in model.parameters()) - adapters
+    multiplied = total - model.get_input_embeddings().weight.numel()
+    row_rl = (24 if tiny else cfg.max_prompt) + cfg.gen_length  # tokens of a prompt and its completion
+    rows_sft, steps = min(cfg.rows_sft, cfg.bs_sft), cfg.diffusion_steps or cfg.gen_length // 2
+    updates_sft, updates_rl = cfg.steps_sft * sft, cfg.steps_rl * rl * (8 if cfg.task == "table1" else 1)
+    back = (4 if cfg.use_lora else 6) + 2 * cfg.grad_checkpoint  # LoRA needs no gradient of the frozen weights
+    needs, flops = [("parameters, of which trained", f"{total + adapters:,}, {trained:,}")], 0.0
+    for name, updates, passes, rows, length, cost in (  # passes an update; FLOPs a weight and token
+        ("SFT: forward + backward passes", updates_sft, cfg.bs_sft / rows_sft, rows_sft, cfg.sft_length, back),
+        ("RL rollouts: forward passes", updates_rl, steps * cfg.grad_accum / cfg.mu, cfg.bs_rl, row_rl, 2),
+        ("RL old, ref: forward passes", updates_rl, cfg.grad_accum * (1 + bool(cfg.beta)), cfg.bs_rl, row_rl, 2),
+        ("RL updates: forward + backward passes", updates_rl, cfg.grad_accum, cfg.bs_rl, row_rl, back),
+    ):
+        attention = 2 * config.hidden_size * config.num_hidden_layers * length
+        each = passes * rows * length * cost * (multiplied + attention)
+        flops += each * updates
+        if updates:
+            needs.append((name, f"{passes:.4g} of {rows * length:,} tokens an update, {each:.2e} FLOPs; "
+                                f"{passes * updates:,.0f} in the run"))
+    needs.append(("FLOPs of training, a process", f"{flops:.2e}: {flops / 2e14 / 3600:,.1f} h at 200 TFLOP/s"))
+    packed = sum(m.weight.numel() for m in block_linears(model).values()) * cfg.load_4bit  # NF4: .516 bytes each
+    width = 4 if tiny or not (cfg.use_lora or cfg.eval_only) else 2  # bytes of the others
+    copies = 2 if rl and cfg.beta and not cfg.use_lora else 1  # the frozen reference
+    tokens = max(rows_sft * cfg.sft_length * sft, cfg.bs_rl * row_rl * rl)
+    replies = max(rows_sft * cfg.sft_length // 2 * sft, cfg.bs_rl * cfg.gen_length * rl)
+    kept = bytes_per_token(config, cfg.lora_r * cfg.use_lora, cfg.grad_checkpoint) * tokens
+    memory = {
+        "weights" + " and reference" * (copies == 2): copies * (packed * 0.516 + (total - packed) * width),
+        "adapters": 4.0 * adapters, "gradients": 4.0 * trained, "AdamW": 8.0 * trained,
+        "activations": kept + 2.0 * trained,  # the latter: bf16 copies of fp32 weights
+        "logits": config.vocab_size * (12.0 * replies + 2 * tokens),
+    }
+    needs += [(f"memory: {name}", f"{size / 2**30:.3f} GiB") for name, size in memory.items() if size]
+    needs += [("memory: peak, about", f"{sum(memory.values()) / 2**30:.2f} GiB"),
+              ("disk: weights and trainer state", f"{trained * 16 / 2**30:.3f} GiB"),
+              ("evaluation lengths", cfg.eval_lengths)]
+    screen.table("What the run needs", ["quantity", "value"], needs)
 
-def run(cfg: Settings, given: dict, screen: Screen) -> None:
-    """Do the task and show its results."""
+def run(argv: Sequence[str] | None) -> None:
+    """Do what the command line says and show the results."""
+    given = read_flags(argv)
+    cfg, origin = settle(given)
+    screen = Screen()
+    if cfg.dry_run:
+        return dry_run(cfg, origin, screen)
     torch.set_num_threads(cfg.threads or min(torch.get_num_threads(), 8))
     if not cfg.task:
         model, tokenizer = open_model(cfg, screen)
         export_merged(model, tokenizer, Path(cfg.output_dir), cfg.export)
-        screen.say(f"{cfg.model} is now in {cfg.output_dir}, in the form {cfg.export}")
-        return
+        return screen.say(f"{cfg.model} is now in {cfg.output_dir}, in the form {cfg.export}")
     began, out = time.monotonic(), Path(cfg.output_dir) / {"sft_only": "sft"}.get(cfg.task, cfg.task)
     if cfg.resume and not (out if cfg.task == "table1" else out / "trainer").exists():
         raise UserError(f"nothing to resume in {out}: run without --resume")
     try:
         table1 = functools.partial(run_table1, given=given)
-        entries = {"table1": table1, "sft_only": run_sft_only}.get(cfg.task, run_benchmark)(cfg, screen, out)
+        entries = {"table1": table1, "sft_only": run_all_tasks}.get(cfg.task, run_benchmark)(cfg, screen, out)
     finally:
         screen.stop()  # a bar left open would eat the error's line
     if entries:
@@ -2475,14 +2432,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' notes to their own developers
     logging.disable(logging.ERROR)
     try:
-        given = read_flags(argv)
-        cfg, origin = settle(given)
-        screen = Screen()
-        if cfg.dry_run:
-            dry_run(cfg, origin, screen)
-        else:
-            run(cfg, given, screen)
-    except (UserError, NonFiniteLoss, OSError) as e:
+        run(argv)
+    except (UserError, NonFiniteLoss, OSError, argparse.ArgumentError) as e:
         if "--debug" in (sys.argv if argv is None else argv):
             raise
         kept = ". The last checkpoint is kept; try a lower learning rate."
