@@ -349,7 +349,6 @@ def diffu_grpo_loss(logp: Tensor, logp_old: Tensor | None, logp_ref: Tensor | No
 @dataclasses.dataclass(frozen=True)
 class Frame:
     """The canvas after one denoising step."""
-
     ids: Tensor  # (B, P+C) token ids, [MASK] where nothing is committed yet
     new: Tensor  # (B, P+C) bool, True = committed by this step
     block: int
@@ -778,7 +777,6 @@ EXPERT = ("As an expert in mathematics, solve the problem step by step and box t
 @dataclasses.dataclass(frozen=True)
 class Grade:
     """Verdict on one reply: right or not, a score in [0, 1] (sudoku: share of empty cells), the answer read."""
-
     correct: bool
     score: float
     answer: str | None
@@ -844,13 +842,11 @@ def arithmetic(text: str, number: type = Fraction) -> Any:
              ast.USub: operator.neg}
     if number is float:  # the official way: what eval accepts besides; a power of floats overflows, never hangs
         known |= {ast.FloorDiv: operator.floordiv, ast.UAdd: operator.pos, ast.Pow: operator.pow}
-
     def value(node):
         if isinstance(node, ast.Constant):
             return number(node.value)
         parts = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
         return known[type(node.op)](*map(value, parts))
-
     try:
         return value(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError, KeyError, AttributeError, TypeError):
@@ -930,7 +926,6 @@ class Task:
     A subclass gives generate(rng), a problem or None for a draw that is none, parse(row), of a data file, rewards and
     grade, the last two by our reading or, with official=True, by that of the official code.
     """
-
     name = official_name = ""  # as in --task; as in the official generations' file names
     hub = hub_test = ""  # the public data set, and the one to test on if it is another
     texts: tuple[str, ...] = ()  # the columns that a data file must have as text
@@ -1039,7 +1034,6 @@ def read_rows(data: str, split: str) -> list[dict]:
 
 class Gsm8k(Task):
     """Grade-school word problems; generated stand-ins where no data set is given."""
-
     name, official_name, hub, texts = "gsm8k", "gsm8k", "openai/gsm8k:main", ("question", "answer")
 
     def generate(self, rng):
@@ -1086,7 +1080,6 @@ class Gsm8k(Task):
             with contextlib.suppress(ValueError):
                 return [float(content.strip())]
             return [float(n) for n in re.findall(r"-?\d+\.?\d*", content)]
-
         if official:  # the first box with a number in it, else the last number of the first <answer>
             boxes = [numbers(content)[:1] for content, end in re.findall(r"\\boxed{([^}\n]*)(}?)", completion) if end]
             found = next(filter(None, [*boxes, numbers(first_answer(completion) or "")[-1:]]), [None])[0]
@@ -1100,7 +1093,6 @@ class Gsm8k(Task):
 
 class Math500(Task):
     """Competition problems with a boxed answer; generated stand-ins where no data set is given."""
-
     name, official_name, hub, hub_test = "math500", "math", "ankner/math-500", "HuggingFaceH4/MATH-500"
     texts, says = ("problem", "answer"), "\\boxed{{{}}}"
     system, asks = SYSTEM + "\nPut the final answer in \\boxed{} inside the answer block.", "{problem}"
@@ -1132,7 +1124,6 @@ class Math500(Task):
 
 class Countdown(Task):
     """Reach a target with + - * / and each number once. Embedded: three numbers 1 to 9, in order, + and - alone."""
-
     name, official_name, hub, careful, tests = "count", "countdown", "Jiayi-Pan/Countdown-Tasks-3to4", 0.35, 256
     system = SYSTEM + ("\nUse each given number exactly once, with + - * / and brackets, to reach the target. "
                        "Answer with the expression alone.")
@@ -1197,7 +1188,6 @@ def sudoku_grids() -> tuple[str, ...]:
 
 class Sudoku(Task):
     """4x4 sudoku with one solution. Embedded puzzles have 8 empty cells, as the published ones."""
-
     name, official_name, score, gold = "sudoku", "sudoku", "cells", ("solution",)
     system = SYSTEM + ("\nFill the 4x4 grid, 0 = empty, so that rows, columns and 2x2 boxes hold 1 to 4 once. "
                        "Answer with the 16 digits.")
@@ -1257,7 +1247,6 @@ class Custom(Task):
     reward: "FILE.py:FUNCTION", called as function(prompts=, completions=, **other columns), a list each; it returns
     a number a completion, 1 or more for a right one. A prompt is a text, or a chat as a list of messages.
     """
-
     name, official_name, score, asks = "custom", "custom", "mean_reward", "{prompt}"
 
     def __init__(self, reward: str, pay_errors_zero: bool = False):
@@ -1339,7 +1328,6 @@ class Stage:
     A subclass gives: update() -> metrics, one gradient update; check(screen) -> figures on held-out
     data, before each checkpoint; batch_name(), which rows an update uses, for error messages.
     """
-
     name = ""
 
     def __init__(self, model, tokenizer, cfg: Settings, out: Path, lr: float, wd: float, clip: float, total: int):
@@ -1453,7 +1441,6 @@ class MaskedSFT(Stage):
     rows: (ids, prompt_len) pairs from `encode_example`; 1 % of them, at least one, is held out.
     Rows are padded with EOS, which the model learns to write, as LLaDA's own training does.
     """
-
     name = "sft"
 
     def __init__(self, model, tokenizer, rows: Sequence[tuple[list[int], int]], cfg: Settings, out: Path):
@@ -1532,7 +1519,6 @@ class MaskedSFT(Stage):
 @dataclasses.dataclass
 class Rollout:
     """One drawn micro-batch: B completions, the G of a prompt adjacent, and the mu prompt masks for it."""
-
     prompt: Tensor  # (B, P) left-padded
     real: Tensor  # (B, P) bool, False on padding
     completion: Tensor  # (B, C)
@@ -1550,7 +1536,6 @@ class DiffuGRPO(Stage):
     examples: problems; ask(example) -> chat; reward(texts, examples) -> one {name: value} a text,
     summed. `heldout(model) -> score` chooses the best checkpoint, None = keep the last.
     """
-
     name = "diffu_grpo"
 
     def __init__(self, model, tokenizer, examples: Sequence[dict], ask: Callable, reward: Callable, cfg: Settings,
@@ -1689,7 +1674,6 @@ def freeze_reference(model) -> Callable[[], contextlib.AbstractContextManager]:
                 weights[name.replace(".default.", ".stage1.")].copy_(p)
                 p.mul_("lora_B" not in name)  # "default" starts again from no change
         activate_adapters(model)
-
     @contextlib.contextmanager
     def reference():
         model.base_model.set_adapter([name for name in model.peft_config if name != "default"])
@@ -1697,7 +1681,6 @@ def freeze_reference(model) -> Callable[[], contextlib.AbstractContextManager]:
             yield model
         finally:
             activate_adapters(model)
-
     return reference
 
 # %% 12. Evaluation and Table 1 — Sec. 4
@@ -2265,12 +2248,10 @@ def run_benchmark(cfg: Settings, screen: Screen, out: Path, before: bool = True)
     stages = [s for s in stages if s != "diffu_grpo"] + ["diffu_grpo"]
     heldout = splits["heldout"][: cfg.limit or 128]
     asked = evaluation_prompts(tokenizer, task, heldout, cfg)[0]
-
     def check(model) -> float:
         replies = gather_object([r for batch in generate(model, tokenizer, asked, cfg, cfg.gen_length) for r in batch])
         grades = [task.grade(reply["generations"], heldout[i]) for i, reply in replies]
         return sum(g.score if task.name == "custom" else g.correct for g in grades) / len(grades)
-
     pay = functools.partial(task.pay, official=cfg.preset == "official")
     run_stage(DiffuGRPO(model, tokenizer, splits["train"], task.messages, pay, cfg, out, check), stages, cfg, screen)
     if getattr(task, "failed", 0):
