@@ -15,10 +15,9 @@ Map    2 settings · 3 forward process · 4 masked SFT loss · 5 one-step estima
 Sizes  B rows, G completions a prompt (group), P prompt, C completion, L = P + C, K block,
        V vocabulary, N selected positions. A bool tensor is named for what True means.
 
-Symbols  x0 clean ids, xt noised ids, t noise level, q prompt, q' prompt with tokens hidden, o
-       completion, logp/logp_old/logp_ref log phi under the policy, the policy that drew the
-       batch, and the frozen reference; A advantage, rho ratio, eps clip, beta KL weight, mu inner
-       updates. Schedule: alpha_t = 1 - t, so a token is masked with probability t.
+Symbols  x0 clean ids, xt noised ids, t noise level, q prompt, q' prompt with tokens hidden, o completion, logp,
+       logp_old, logp_ref log phi under the policy, the one that drew the batch and the frozen reference; A advantage,
+       rho ratio, eps clip, beta KL weight, mu inner updates. alpha_t = 1 - t: a token is masked with probability t.
 
 Equations
     d1 Eq. (1), Sec. 2      masked_nelbo         bound on the negative log-likelihood
@@ -96,7 +95,6 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-Metrics = dict[str, Tensor]  # figures to log, by name
 
 # %% 2. Settings — App. D; one field per setting: a default per preset, a help text and its source
 class UserError(Exception):
@@ -114,7 +112,6 @@ def opt(paper, help, source="ours", *, official=None, tiny=None, choices=(), low
 RL_TASKS = ("gsm8k", "math500", "count", "sudoku", "custom")
 TASK_CHOICES = ("sft_only", *RL_TASKS, "table1")
 HUB_ROWS = 20000  # more problems than the paper's longest run draws
-STEPS_RL = {"gsm8k": 7700, "math500": 6600, "count": 5000, "sudoku": 3800, "*": 5000}
 
 @dataclasses.dataclass
 class Settings:
@@ -165,7 +162,7 @@ class Settings:
     sft_extra: int = opt(0, "one SFT batch in five is up to this much longer, to know longer canvases", tiny=64, low=0)
     n_traces: int = opt(8000, "generated traces a task in the tiny model's SFT corpus", low=1)
     # stage 2: diffu-GRPO
-    steps_rl: int = opt(STEPS_RL, "gradient updates", "authors, d1 issue 25", tiny=160, low=0)
+    steps_rl: int = opt({"gsm8k": 7700, "math500": 6600, "sudoku": 3800, "*": 5000}, "steps", "d1#25", tiny=160, low=0)
     group: int = opt(6, "G, completions drawn per prompt", "Sec. 4", tiny=8, low=2)
     bs_rl: int = opt(6, "completions per device and backward pass, a multiple of G", "App. D", tiny=64, low=2)
     grad_accum: int = opt(2, "backward passes per update", "App. D", tiny=1, low=1)
@@ -214,6 +211,8 @@ def forward_process(x0: Tensor, t: Tensor, keep: Tensor, mask_id: int, generator
     return torch.where(masked, mask_id, x0), masked
 
 # %% 4. Masked SFT loss — Sec. 2 and 3.3, Algorithm 2
+Metrics = dict[str, Tensor]  # figures to log, by name
+
 def masked_nelbo(logits: Tensor, x0: Tensor, masked: Tensor, t: Tensor, keep: Tensor) -> tuple[Tensor, Metrics]:
     """Upper bound on -log p(x0 | prompt) per reply token, in nats.   d1 Eq. (1), Sec. 2
 
@@ -331,8 +330,7 @@ def diffu_grpo_loss(logp: Tensor, logp_old: Tensor | None, logp_ref: Tensor | No
         kl = d.exp() - d - 1
     loss = beta * kl - gain  # (B, C)
     n_live = live.sum().clamp(min=1)
-    # [D1] paper: mean within a completion, then over completions. official: one mean over all live
-    #      tokens (diffu_grpo_trainer.py:121), so long replies weigh more. here: `norm`, default paper.
+    # [D1] official: one mean over all live tokens (diffu_grpo_trainer.py:121): long replies weigh more. here: `norm`.
     if norm == "sequence":
         loss = ((loss * live).sum(1) / live.sum(1).clamp(min=1)).mean()
     elif norm == "token":
@@ -360,10 +358,9 @@ def check_decoding(gen_length: int, block_length: int, steps: int | None, remask
         raise ValueError(f"gen_length {gen_length} must be a positive multiple of block_length {block_length}")
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    if remasking not in ("low_confidence", "random"):
-        raise ValueError(f"remasking must be 'low_confidence' or 'random', not {remasking!r}")
-    if cache != "none":
-        raise ValueError(f"cache must be 'none', not {cache!r}")
+    for name, value, known in ("remasking", remasking, ("low_confidence", "random")), ("cache", cache, ("none",)):
+        if value not in known:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {value!r}")
 
 def row_generators(generator, rows: int) -> list[torch.Generator]:
     """One generator a row: the sequence given, or `rows` new ones seeded by one generator's draw."""
@@ -381,8 +378,7 @@ def sample_tokens(logits: Tensor, temperature: float, counts: list[int], generat
     """
     if temperature == 0:
         return logits.argmax(-1)
-    # [D5] official draws the noise in bf16 while training, where its tail is cut and likely tokens
-    #      come up too often (diffu_grpo_trainer.py:165). here: float32, and a private stream a row.
+    # [D5] official's bf16 noise favours likely tokens (diffu_grpo_trainer.py:165). here: float32, a stream a row.
     noise = torch.cat([
         torch.empty(n, logits.shape[-1], device=g.device).exponential_(generator=g)
         for n, g in zip(counts, generators, strict=True)
@@ -432,12 +428,11 @@ def diffuse_steps(model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor
                   eos_id: int | None = None, stop_at_eos: bool = False, generator=None) -> Iterator[Frame]:
     """Denoise block by block, left to right; yield one Frame per step. No autograd, no printing.
 
-    prompt (B, P), left-padded; attention_mask (B, P) True = real token: a prompt alone or in a
-    padded batch gives the same tokens [D4]. steps None = gen_length/2, two tokens a step;
-    n masked tokens over s steps are n // s each and one more in the first n % s.
-    temperature 0 is greedy. With stop_at_eos a row leaves the batch once a finished block of it
-    holds EOS and the rest becomes EOS, which changes nothing up to its first EOS.
-    generator: one torch.Generator, from which a seed a row is drawn, or a sequence of one a row.
+    prompt (B, P), left-padded; attention_mask (B, P) True = real token: a prompt alone or in a padded batch gives the
+    same tokens [D4]. steps None = gen_length/2, two tokens a step; n masked tokens over s steps are n // s each and
+    one more in the first n % s. temperature 0 is greedy. With stop_at_eos a row leaves the batch once a finished
+    block of it holds EOS and the rest becomes EOS, which changes nothing up to its first EOS. generator: one
+    torch.Generator, from which a seed a row is drawn, or a sequence of one a row.
     """
     check_decoding(gen_length, block_length, steps, remasking, cache)
     if stop_at_eos and eos_id is None:
@@ -446,8 +441,7 @@ def diffuse_steps(model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor
     steps_per_block = max(1, (gen_length // 2 if steps is None else steps) // blocks)
     generators = row_generators(generator, rows) if temperature > 0 or remasking == "random" else [None] * rows
     x = F.pad(prompt, (0, gen_length), value=mask_id)  # (B, P+C) a new tensor
-    # [D4] official passes no attention mask, so left padding changes the reply
-    #      (diffu_grpo_trainer.py:396). here: padding is never attended to.
+    # [D4] official attends to left padding (diffu_grpo_trainer.py:396), which changes replies. here: never.
     attend = extend_mask(attention_mask, x.shape[1])
     active = torch.arange(rows, device=x.device)  # rows still being written
     for b in range(blocks):
@@ -455,9 +449,9 @@ def diffuse_steps(model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor
         while (left := int((x[active, lo:hi] == mask_id).sum(1).max())) > 0:
             quota = -(-left // max(steps_per_block - step, 1))  # the ceiling spreads the remainder first
             part, new_part = denoise_step(
-                model, x[active], lo, hi, quota, prompt_len=plen, mask_id=mask_id, temperature=temperature,
-                attend=None if attend is None else attend[active], cfg_scale=cfg_scale, remasking=remasking,
-                threshold=threshold, generators=[generators[i] for i in active.tolist()])
+                model, x[active], lo, hi, quota, mask_id=mask_id, attend=None if attend is None else attend[active],
+                temperature=temperature, cfg_scale=cfg_scale, remasking=remasking, threshold=threshold,
+                prompt_len=plen, generators=[generators[i] for i in active.tolist()])
             x = x.index_copy(0, active, part)
             new = torch.zeros_like(x, dtype=torch.bool).index_copy(0, active, new_part)
             yield Frame(x, new, b, step)
@@ -511,12 +505,11 @@ def network_of(source: str, raw: dict):
     kind, written_for = raw.get("model_type"), " ".join(raw.get("architectures") or [])
     if kind == "llada":  # the embedding may be wider than the vocabulary
         return transformers.LlamaForCausalLM, transformers.LlamaConfig(
-            vocab_size=raw.get("embedding_size") or raw["vocab_size"], hidden_size=raw["d_model"],
-            intermediate_size=raw["mlp_hidden_size"], num_hidden_layers=raw["n_layers"],
+            vocab_size=raw.get("embedding_size") or raw["vocab_size"], hidden_size=raw["d_model"], is_causal=False,
+            intermediate_size=raw["mlp_hidden_size"], num_hidden_layers=raw["n_layers"], rope_full_precision=True,
             num_attention_heads=raw["n_heads"], num_key_value_heads=raw.get("n_kv_heads"),
             max_position_embeddings=raw["max_sequence_length"], rms_norm_eps=raw["rms_norm_eps"],
-            rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]}, rope_full_precision=True,
-            eos_token_id=raw.get("eos_token_id"), is_causal=False)
+            rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]}, eos_token_id=raw["eos_token_id"])
     if kind == "Dream":  # Qwen2's network; its logits at k are for token k + 1
         own = {k: v for k, v in raw.items() if k not in ("model_type", "architectures", "auto_map")}
         return transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**own, is_causal=False, shift_logits=True)
@@ -548,12 +541,11 @@ def block_linears(model) -> dict[str, torch.nn.Linear]:
 def adapt_with_lora(model, r: int, alpha: int, dropout: float = 0.0, targets: str = "all", *, seed: int = 0):
     """Train LoRA, random from `seed`, on linear layers (--lora_targets), stacked on the adapter that may be there."""
     from peft import LoraConfig, get_peft_model
-    # [D7] official lists Llama's names, of which LLaDA has only some: q, k, v, up are adapted and the
-    #      rest silently not. here: the names are read off the model, and no match is an error.
+    # [D7] official adapts what of its list LLaDA has, silently. here: names read off the model; no match is an error.
     found = sorted({n.split(".")[-1] for n in block_linears(model)})
     wanted = found if targets == "all" else targets.split(",")
     if not found or not set(wanted) <= set(found):
-        missing = ", ".join(sorted(set(wanted) - set(found))) or "any kind"
+        missing = ", ".join(sorted({*wanted} - {*found}))
         raise UserError(f"{type(model).__name__} has no linear layer {missing} to adapt; it has {', '.join(found)}")
     # [D19] a bf16 adapter hardly moves at lr 1e-5. here: peft's autocast_adapter_dtype keeps it fp32.
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted)
@@ -607,9 +599,8 @@ def sdpa_after_fp32(module, query, key, value, *args, **options):
 def load_weights(base: str, raw: dict, dtype, load_4bit: bool, attn: str, device: torch.device):
     """A checkpoint's network and weights, converted while loading. UserError if they do not fit each other."""
     import transformers
-    packed = None if not load_4bit else transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16)
+    nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    packed = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4) if load_4bit else None
     if attn == "auto":
         attn = "flash_attention_2" if device.type == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"
     with refusing(f"cannot load {base}"):
@@ -617,10 +608,9 @@ def load_weights(base: str, raw: dict, dtype, load_4bit: bool, attn: str, device
         config.use_cache = False  # else every forward copies its keys and values
         transformers.AttentionInterface.register("sdpa", sdpa_after_fp32)  # the same to all other models
         model, report = network.from_pretrained(
-            base, config=config, dtype=dtype or (torch.bfloat16 if device.type == "cuda" else "auto"),
-            device_map={"": device}, attn_implementation=attn, quantization_config=packed,
-            key_mapping=LLADA_NAMES if raw.get("model_type") == "llada" else None, ignore_mismatched_sizes=True,
-            output_loading_info=True)
+            base, config=config, device_map={"": device}, attn_implementation=attn, quantization_config=packed,
+            dtype=dtype or (torch.bfloat16 if device.type == "cuda" else "auto"), output_loading_info=True,
+            key_mapping=LLADA_NAMES if raw.get("model_type") == "llada" else None, ignore_mismatched_sizes=True)
     for linear in block_linears(model).values():  # bitsandbytes' packed CPU kernel passes no gradient on
         linear.support_avx512bf16_for_cpu = False
     if attn == "sdpa" and getattr(config, "rope_full_precision", False):
@@ -709,9 +699,8 @@ def processes():
     return PartialState(cpu=not torch.cuda.is_available())
 
 # %% 9. Tokenizer and chat template
-TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
-            "{{ eos_token if m['role'] == 'assistant' else '<|eot|>' }}{% endfor %}"
-            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' else "
+            "'<|eot|>' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
 # for a tokenizer that brings none, in BERT's manner: [CLS] question [SEP] reply [SEP]
 PLAIN_TEMPLATE = ("{{ cls_token or bos_token or '' }}"
                   "{% for m in messages %}{{ m['content'] }}{{ sep_token or eos_token }}{% endfor %}")
@@ -770,7 +759,6 @@ def reply_texts(tokenizer, completion: Tensor) -> list[str]:
 # %% 10. Tasks, rewards, grading — App. D
 SYSTEM = ("Think step by step, then answer. Write your reply exactly in this form:\n"
           "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>")
-
 EXPERT = ("As an expert in mathematics, solve the problem step by step and box the final answer. Keep to this form:\n"
           "<reasoning>\nthe steps\n</reasoning>\n<answer>\n\\boxed{...}\n</answer>")
 
@@ -935,7 +923,6 @@ class Task:
     says = "{}"  # how a demonstration writes its answer
     score = ""  # what Grade.score counts, where it is more than right or wrong
     careful = 0.4  # share of generated demonstrations by the careful solver; the rest is careless
-    overlap = "are"  # how a problem would be known from training
     stems: tuple[str, ...] = ()  # the fixed words of a question
 
     def key(self, example: dict) -> str | None:
@@ -1146,11 +1133,6 @@ class Countdown(Task):
             return {"numbers": [int(n) for n in row["input"].split(",")], "target": int(row["output"])}
         return {"numbers": [int(n) for n in row.get("nums") or row["numbers"]], "target": int(row["target"])}
 
-    def examples(self, split, n=None, seed=0, data=None):
-        """As of any task; of the public data set, only the problems with three numbers, as the paper."""
-        problems = super().examples(split, None if data else n, seed, data)
-        return [e for e in problems if data != self.hub or len(e["numbers"]) == 3][:n]
-
     def solve(self, example, rng, careful):
         (a, b, c), target = example["numbers"], example["target"]
         middle = {"+": a + b, "-": a - b, "*": a * b}
@@ -1192,7 +1174,6 @@ class Sudoku(Task):
     system = SYSTEM + ("\nFill the 4x4 grid, 0 = empty, so that rows, columns and 2x2 boxes hold 1 to 4 once. "
                        "Answer with the 16 digits.")
     asks, stems = "Solve the following Sudoku puzzle: {puzzle}", ("Solve the following Sudoku puzzle: ",)
-    overlap = "have a solution grid that is"
 
     def generate(self, rng):
         solution, empty = rng.choice(sudoku_grids()), rng.sample(range(16), 8)
@@ -1234,7 +1215,7 @@ class Sudoku(Task):
             inside, after = completion.partition("<answer>")[2], completion.partition("</answer>")[2]
             end = r"(?s)(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|{})"
             matches = (re.search(r"```([\d\s]++)```", inside), re.match(end.format("</answer>"), inside),
-                       re.match(end.format("$"), after), re.search(r"(?<!\d)\d*+(?<=(\d{16}))\s*</answer>", completion),
+                       re.match(end.format("$"), after), re.search(r"(?<!\d)\d++(?<=(\d{16}))\s*</answer>", completion),
                        re.search(r"\b(\d{16})\b", completion))
             found = next((m[1].strip() for m in matches if m and m[1].strip()), None)
         digits = "".join((found or "").split())
@@ -1265,8 +1246,7 @@ class Custom(Task):
         return [{"role": "user", "content": chat}] if isinstance(chat, str) else chat
 
     def generate(self, rng):
-        raise UserError("--task custom has no demonstrations for stage 1: give --sft_data, --skip_sft or a --model "
-                        "that has been through it, such as ckpt/sft")
+        raise UserError("--task custom has no traces for stage 1: give --sft_data, --skip_sft, or --model ckpt/sft")
 
     def ground_truth(self, example):
         return {k: v for k, v in example.items() if k != "prompt"}
@@ -1339,9 +1319,9 @@ class Stage:
         if ("FSDP" in self.accel.distributed_type and not sharded) or (zero and zero.zero_stage not in (1, 2)):
             raise UserError("this form of sharding is not supported: launch with fsdp_version: 2, or zero_stage: 2")
         if zero:  # DeepSpeed counts no rows here, clips as it steps, and would round the weights
-            zero.deepspeed_config |= {
-                "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": clip,
-                "bf16": {"enabled": False}, "fp16": {"enabled": False}, "zero_force_ds_cpu_optimizer": False}
+            ones, off = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), {"enabled": False}
+            zero.deepspeed_config |= dict.fromkeys(ones, 1) | dict(
+                gradient_clipping=clip, bf16=off, fp16=off, zero_force_ds_cpu_optimizer=False)
         self.rank, self.world, self.device = self.accel.process_index, self.accel.num_processes, self.accel.device
         # `net` is the model as it is trained: with several processes, its backward averages the gradient over them.
         # FSDP shards a twin with the same parameters, so that `model` stays a plain one, which `fill_model` fills.
@@ -1478,10 +1458,7 @@ class MaskedSFT(Stage):
         return x0, keep
 
     def nelbo(self, rows, key, mine: slice = slice(None)) -> tuple[Tensor, dict]:
-        """Algorithm 2: mask the replies at random levels, predict what was hidden, weigh by 1/t.
-
-        Noise is drawn for the whole batch, whoever computes which rows; the shares of `mine` add up to its loss.
-        """
+        """Algorithm 2 on the rows `mine`, whose shares add up to the batch's loss; the noise is drawn for all rows."""
         generator = stream(self.cfg.seed, *key)
         longer, extra = draw_uniform((2,), generator, "cpu").tolist()
         length = self.cfg.sft_length + int(extra * (self.cfg.sft_extra + 1)) * (longer < 0.2)
@@ -1541,11 +1518,9 @@ class DiffuGRPO(Stage):
     def __init__(self, model, tokenizer, examples: Sequence[dict], ask: Callable, reward: Callable, cfg: Settings,
                  out: Path, heldout: Callable | None = None):
         check_positions(model, cfg.max_prompt + cfg.gen_length)
-        # [D8] official's reference sync every 64 steps does nothing under LoRA. here: pi_ref is the
-        #      frozen start of stage 2, and stays so.
+        # [D8] official's reference sync does nothing under LoRA. here: pi_ref is the frozen start of stage 2.
         self.reference = freeze_reference(model)
-        # [D6] official leaves LoRA dropout on in every pass, so the ratio is not 1 at the first inner
-        #      update. here: evaluation mode throughout stage 2, where it is exactly 1.
+        # [D6] official leaves LoRA dropout on in every pass. here: off, so the first ratio is exactly 1.
         eval_mode(model)
         super().__init__(model, tokenizer, cfg, out, cfg.lr_rl, cfg.wd_rl, cfg.clip_rl, cfg.steps_rl)
         self.examples, self.ask, self.reward, self.heldout = examples, ask, reward, heldout
@@ -1587,14 +1562,12 @@ class DiffuGRPO(Stage):
         rewards = torch.tensor([sum(s.values()) for s in scores], device=self.device)  # (B,)
         question = self.ask(examples[0])[-1]["content"].splitlines()[-1]
         self.sample = f"{question} -> {texts[0]!r} (reward {rewards[0]:.2f})"
-        # [D2] official, with accumulation 2, meets 6 of its 12 masks twice (diffu_grpo_trainer.py:96,
-        #      373). here: mu masks a row, drawn over its real tokens from a stream of its own.
+        # [D2] official may meet a mask twice (diffu_grpo_trainer.py:96, 373). here: mu a row, from a stream of its own.
         hide = torch.zeros(cfg.mu, *real.shape, dtype=torch.bool, device=self.device)  # (mu, B, P)
         for b, i in enumerate(rows):
             tokens = torch.ones(cfg.mu, len(prompts[b]), dtype=torch.bool)
             hide[:, b, -len(prompts[b]) :] = draw_prompt_mask(tokens, cfg.pmask, stream(cfg.seed, "hide", i))
-        # [D9] official runs all mu masks of old and ref in one forward, 7.7 GiB of logits at 8B.
-        #      here: one mask at a time, the same numbers.
+        # [D9] official runs all mu masks in one forward, 7.7 GiB of logits at 8B. here: one at a time, same numbers.
         logp_old = [one_step_logp(self.model, prompt, completion, h, tok.mask_token_id, real) for h in hide]
         logp_ref = []
         if cfg.beta:
@@ -1634,9 +1607,8 @@ class DiffuGRPO(Stage):
             return {}
         # [D18] official picks its best checkpoint on the test set. here: on held-out training data.
         self.fill_model()
-        score = self.heldout(self.model)
+        score = self.score = self.heldout(self.model)
         self.fill_model(empty=True)
-        self.score = score
         self.stale = 0 if self.best is None or score > self.best[0] else self.stale + 1
         if self.best is None or score >= self.best[0]:
             self.best = (score, self.step, [local(p).cpu().clone() for p in self.params])
@@ -1724,9 +1696,8 @@ def generate(model, tokenizer, prompts: list[list[int]], cfg: Settings, gen_leng
         chosen = order[first : first + cfg.bs_eval]
         ids, real = pad_left([prompts[i] for i in chosen], tokenizer.pad_token_id, device)
         with precision(device):
-            out = diffuse_decode(
-                model, ids, mask_id=tokenizer.mask_token_id, attention_mask=real, gen_length=gen_length,
-                block_length=cfg.block_length, eos_id=tokenizer.eos_token_id, stop_at_eos=True)
+            out = diffuse_decode(model, ids, attention_mask=real, gen_length=gen_length, block_length=cfg.block_length,
+                                 mask_id=tokenizer.mask_token_id, eos_id=tokenizer.eos_token_id, stop_at_eos=True)
         completion = out[:, ids.shape[1] :]  # (B, C)
         ended = (completion == tokenizer.eos_token_id).any(1)  # (B,)
         effective = live_tokens(completion, tokenizer.eos_token_id).sum(1) - ended.long()  # (B,) before the EOS
@@ -1744,10 +1715,8 @@ def entry_of(task: Task, row: str, gen_length: int, records: list[dict], example
         "task": task.name, "row": row, "gen_length": gen_length, "n": n, "accuracy": hits / n, "low": low, "high": high,
         **score, "official": sum(g.score for g in official) / n,
         "answered": sum(g.answer is not None for g in grades) / n,
-        "effective_tokens": sum(r["effective_tokens"] for r in records) / n,
-        "ended": sum(r["ended"] for r in records) / n,
-        "model": cfg.model, "seed": cfg.seed, "limit": cfg.limit, "data": cfg.data,
-    }
+        **{k: sum(r[k] for r in records) / n for k in ("effective_tokens", "ended")},
+        "model": cfg.model, "seed": cfg.seed, "limit": cfg.limit, "data": cfg.data}
 
 def finished_replies(path: Path, stamp: str) -> dict[int, dict]:
     """Replies to the same prompts by the same weights that an earlier evaluation left, whole or stopped, by number."""
@@ -1758,10 +1727,7 @@ def finished_replies(path: Path, stamp: str) -> dict[int, dict]:
     return done
 
 def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, out: Path, screen: Screen) -> list[dict]:
-    """Accuracy of greedy decoding at every length; writes generations/*.json and merges into eval.json.
-
-    Replies are kept as they come, so a stopped evaluation goes on where it was. Each process does its share.
-    """
+    """Accuracy at every length, merged into eval.json; replies are kept as they come, so a stop loses none of them."""
     prompts, cut = evaluation_prompts(tokenizer, task, examples, cfg)
     if cut:
         screen.say(f"{cut} of {len(prompts)} prompts are over --max_prompt {cfg.max_prompt}: cut on the left")
@@ -1787,10 +1753,9 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
         done = finished_replies(path, stamp)
         records = [{"question": task.question(e), "prompt_input": tokenizer.decode(prompts[i]),
                     **done[i], "ground_truth": task.ground_truth(e)} for i, e in enumerate(examples)]
-        write_json(path, {
-            "generations": records, "model_path": cfg.model, "gen_length": length, "diffusion_steps": length // 2,
-            "block_length": cfg.block_length, "stamp": stamp,
-            "metrics": {"wall_time": time.perf_counter() - began, "total_processed": len(records)}})
+        metrics = {"wall_time": time.perf_counter() - began, "total_processed": len(records)}
+        write_json(path, dict(generations=records, metrics=metrics, model_path=cfg.model, gen_length=length,
+                              diffusion_steps=length // 2, block_length=cfg.block_length, stamp=stamp))
         processes().wait_for_everyone()
         if rank == 0:
             shutil.rmtree(parts)
@@ -1918,7 +1883,7 @@ def export_merged(model, tokenizer, out: Path, form: str) -> None:
     """All weights in one checkpoint, adapters merged: for plain transformers, or "llada" for LLaDA's own code."""
     if not processes().is_main_process:
         return
-    config = model.config
+    c = model.config
     if hasattr(model, "peft_config"):
         model = copy.deepcopy(model).merge_and_unload()
     out.mkdir(parents=True, exist_ok=True)
@@ -1930,14 +1895,12 @@ def export_merged(model, tokenizer, out: Path, form: str) -> None:
     for theirs, ours in LLADA_NAMES.items():
         weights = {name.replace(ours, theirs): w for name, w in weights.items()}
     model.save_pretrained(out, state_dict=weights, save_original_format=False)
-    raw = LLADA_8B | dict(
-        d_model=config.hidden_size, n_layers=config.num_hidden_layers, n_heads=config.num_attention_heads,
-        n_kv_heads=config.num_key_value_heads, mlp_hidden_size=config.intermediate_size, vocab_size=config.vocab_size,
-        embedding_size=config.vocab_size, max_sequence_length=config.max_position_embeddings,
-        rope_theta=config.rope_parameters["rope_theta"], rms_norm_eps=config.rms_norm_eps,
-        mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, torch_dtype=str(model.dtype).split(".")[1])
-    write_json(out / "config.json", raw)
+    write_json(out / "config.json", LLADA_8B | dict(
+        d_model=c.hidden_size, n_layers=c.num_hidden_layers, n_heads=c.num_attention_heads, vocab_size=c.vocab_size,
+        n_kv_heads=c.num_key_value_heads, mlp_hidden_size=c.intermediate_size, embedding_size=c.vocab_size,
+        max_sequence_length=c.max_position_embeddings, rope_theta=c.rope_parameters["rope_theta"],
+        rms_norm_eps=c.rms_norm_eps, mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, torch_dtype=str(model.dtype).split(".")[1]))
 
 def run_state(cfg: Settings, stages: list[str], origin: str) -> dict:
     """What d1_state.json tells of a checkpoint: stages passed, settings, versions, commit, argv."""
@@ -2041,8 +2004,8 @@ def plot_curves(out: Path) -> None:
 def parse_words(words: Sequence[str] | None) -> dict[str, Any]:
     """The values of the flags, one per field of Settings, among command-line words. UserError on another word."""
     parser = argparse.ArgumentParser(
-        prog="d1_full.py", allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.split("\n\n")[0],
+        prog="d1_full.py", description=__doc__.split("\n\n")[0], allow_abbrev=False, exit_on_error=False,
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Start here:  python d1_full.py --task sudoku        (the embedded model, offline, minutes)\n"
                "             python d1_full.py --task sudoku --dry_run   (settings and cost, nothing run)")
     for f in dataclasses.fields(Settings):
@@ -2110,12 +2073,14 @@ def validate(cfg: Settings) -> None:
     for flag, length in [("gen_length", cfg.gen_length)] + [("eval_lengths", n) for n in cfg.lengths()]:
         if length < 1 or length % cfg.block_length:
             raise UserError(f"--{flag} {length} must be a positive multiple of --block_length {cfg.block_length}")
-    blocks = cfg.gen_length // cfg.block_length
-    if cfg.diffusion_steps and not blocks <= cfg.diffusion_steps <= cfg.gen_length:
-        raise UserError(f"--diffusion_steps {cfg.diffusion_steps} must be from {blocks}, one a block, to --gen_length")
+    steps, blocks = cfg.diffusion_steps, cfg.gen_length // cfg.block_length
     trains, flash = bool(cfg.task) and not cfg.eval_only, cfg.attn == "flash_attention_2"
     for wrong, text in (
         (not (cfg.task or cfg.export), f"--task is needed: one of {', '.join(TASK_CHOICES)}"),
+        (steps and not blocks <= steps <= cfg.gen_length,
+         f"--diffusion_steps {steps} must be from {blocks}, one a block, to --gen_length"),
+        (cfg.task == "table1" and read_json(Path(cfg.model, "d1_state.json")).get("stages"),
+         f"--task table1 trains all rows of its table: give a model that no stage has trained, not {cfg.model}"),
         (cfg.bs_rl % cfg.group, f"--bs_rl {cfg.bs_rl} must be a multiple of --group {cfg.group}"),
         (cfg.eval_only and cfg.task not in RL_TASKS, f"--eval_only needs a benchmark: --task {', '.join(RL_TASKS)}"),
         ((cfg.task == "custom") != bool(cfg.reward), "--task custom and --reward FILE.py:FUNCTION go together"),
@@ -2128,8 +2093,7 @@ def validate(cfg: Settings) -> None:
         (cfg.load_4bit and cfg.export, "--export needs unpacked weights: export the saved adapter without --load_4bit"),
         (cfg.load_4bit and not importlib.util.find_spec("bitsandbytes"), "--load_4bit needs the package bitsandbytes"),
         (flash and not importlib.util.find_spec("flash_attn"), "--attn flash_attention_2 needs the package flash-attn"),
-        (flash and not torch.cuda.is_available(), "--attn flash_attention_2 needs a CUDA GPU: use --attn auto"),
-    ):
+        (flash and not torch.cuda.is_available(), "--attn flash_attention_2 needs a CUDA GPU: use --attn auto")):
         if wrong:
             raise UserError(text)
     if cfg.model != "tiny":
@@ -2148,17 +2112,20 @@ def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) ->
         return rows
     size, traces = cfg.sft_length, {}  # by row number
     for number, row in enumerate(read_rows(cfg.sft_data, "train"), 1):
-        question, reply, thoughts = row.get("question"), row.get("reply"), row.get("thinking_trajectories")
+        question, reply = row.get("question"), row.get("reply")
+        thoughts, attempt = row.get("thinking_trajectories"), row.get("attempt")
+        if isinstance(row.get("answer"), str) and "####" in row["answer"]:  # GSM8K
+            thoughts, attempt = map(str.strip, row["answer"].split("####", 1))
         thoughts = thoughts[0] if isinstance(thoughts, list) and thoughts else thoughts
-        if thoughts and isinstance(thoughts, str) and isinstance(row.get("attempt"), str):
-            reply = f"<reasoning>\n{thoughts}\n</reasoning>\n<answer>\n{row['attempt']}\n</answer>"
+        if thoughts and isinstance(thoughts, str) and isinstance(attempt, str):
+            reply = f"<reasoning>\n{thoughts}\n</reasoning>\n<answer>\n{attempt}\n</answer>"
         usable = all(text and isinstance(text, str) for text in (question, reply))
         chat = [{"role": "user", "content": f"{SYSTEM}\n\n{question}"}]
         traces[number] = encode_example(tokenizer, chat, reply) if usable else ([], size)
     rows = [(ids, prompt_len) for ids, prompt_len in traces.values() if prompt_len < size]
     if not rows:
         raise UserError(f"{cfg.sft_data}: no usable row; needs texts in the columns question, thinking_trajectories, "
-                        f"attempt (s1K) or question, reply, and prompts under --sft_length {size} tokens")
+                        f"attempt (s1K), question, answer (GSM8K) or question, reply, and a --sft_length over {size}")
     screen.say(f"{cfg.sft_data}: {len(rows)} traces")
     bad = [n for n, (_, prompt_len) in traces.items() if prompt_len >= size]
     long = [n for n, (ids, prompt_len) in traces.items() if len(ids) > size > prompt_len]
@@ -2179,6 +2146,7 @@ def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
     with refusing(f"cannot read {source}; without a network give a local file"):  # a hub set may have a test split
         own_test = not Path(source).is_file() and "test" in datasets.get_dataset_split_names(*source.split(":"))
     rows = task.examples("test" if split == "test" and own_test else "train", data=source)
+    rows = [r for r in rows if source != TASKS["count"].hub or len(r["numbers"]) == 3]  # the paper's have no fourth
     if split != "test" or not (own_test or (cfg.eval_only and cfg.data)):
         parts = (split, "test") if split == "train" and own_test else (split,)
         rows = [r for r in rows if split_of(json.dumps(r, sort_keys=True, default=str)) in parts]
@@ -2237,7 +2205,7 @@ def run_benchmark(cfg: Settings, screen: Screen, out: Path, before: bool = True)
     test = splits["test"]
     if cfg.data and task.name in TASKS:
         seen = sum(split_of(task.key(e)) == "train" for e in test)
-        screen.say(f"{cfg.data}: {len(test)} problems; {seen} of them {task.overlap} in the embedded training split")
+        screen.say(f"{cfg.data}: {len(test)} problems, {seen} of them (sudoku: grids) in the embedded training split")
     look = functools.partial(evaluate, model, tokenizer, task, test, cfg, out=out, screen=screen)
     if cfg.eval_only:
         return look(row=row_name(stages))
@@ -2277,9 +2245,8 @@ def open_model(cfg: Settings, screen: Screen):
     share = f", {trained:,} trained ({100 * trained / total:.2f} %)" if trains else ""
     screen.say(f"model {cfg.model}: {total:,} parameters{share}")
     if adapts:
-        layers = collections.Counter(n.split(".")[-2] for n, _ in model.named_modules() if n.endswith("lora_A"))
-        what = ", ".join(f"{n} x{count}" for n, count in layers.items())
-        screen.say(f"LoRA r {cfg.lora_r}, alpha {cfg.lora_alpha} on {what}")
+        each = collections.Counter(n.split(".")[-2] for n, _ in model.named_modules() if n.endswith("lora_A"))
+        screen.say(f"LoRA r {cfg.lora_r}, alpha {cfg.lora_alpha} on " + ", ".join(f"{n} x{k}" for n, k in each.items()))
     ids = {"mask": tokenizer.mask_token_id, "EOS": tokenizer.eos_token_id, "EOT": turn_end(tokenizer)[0],
            "pad": tokenizer.pad_token_id}
     screen.say("tokens " + ", ".join(f"{k} {i} {tokenizer.convert_ids_to_tokens(i)}" for k, i in ids.items()))
@@ -2380,8 +2347,7 @@ def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
     }
     needs += [(f"memory: {name}", f"{size / 2**30:.3f} GiB") for name, size in memory.items() if size]
     needs += [("memory: peak, about", f"{sum(memory.values()) / 2**30:.2f} GiB"),
-              ("disk: weights and trainer state", f"{trained * 16 / 2**30:.3f} GiB"),
-              ("evaluation lengths", cfg.eval_lengths)]
+              ("disk: weights and trainer state", f"{trained * 16 / 2**30:.3f} GiB")]
     screen.table("What the run needs", ["quantity", "value"], needs)
 
 def run(argv: Sequence[str] | None) -> None:
@@ -2417,10 +2383,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, NonFiniteLoss, OSError, argparse.ArgumentError) as e:
         if "--debug" in (sys.argv if argv is None else argv):
             raise
-        kept = ". The last checkpoint is kept; try a lower learning rate."
-        says = f"stopped: {e}{kept}" if isinstance(e, NonFiniteLoss) else f"error: {e}"
-        print(f"d1_full.py: {says}", file=sys.stderr)
-        return 1 if isinstance(e, NonFiniteLoss) else 2
+        stopped = isinstance(e, NonFiniteLoss)
+        advice = ". The last checkpoint is kept; try a lower learning rate." * stopped
+        print(f"d1_full.py: {'stopped' if stopped else 'error'}: {e}{advice}", file=sys.stderr)
+        return 1 if stopped else 2
     except KeyboardInterrupt:
         print("d1_full.py: stopped by Ctrl-C; the same flags and --resume go on from a checkpoint", file=sys.stderr)
         return 130
