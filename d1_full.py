@@ -91,6 +91,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that spin longer take the cores from each other: 6 x slower
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
@@ -2112,8 +2113,7 @@ def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) ->
         return rows
     size, traces = cfg.sft_length, {}  # by row number
     for number, row in enumerate(read_rows(cfg.sft_data, "train"), 1):
-        question, reply = row.get("question"), row.get("reply")
-        thoughts, attempt = row.get("thinking_trajectories"), row.get("attempt")
+        question, reply, thoughts, attempt = map(row.get, ("question", "reply", "thinking_trajectories", "attempt"))
         if isinstance(row.get("answer"), str) and "####" in row["answer"]:  # GSM8K
             thoughts, attempt = map(str.strip, row["answer"].split("####", 1))
         thoughts = thoughts[0] if isinstance(thoughts, list) and thoughts else thoughts

@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may touch the network
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as d1_full.py sets it, before torch is loaded
 
 import pytest
 import torch
