@@ -8,9 +8,9 @@ be read beside the paper: sections 3 to 7 are the mathematics and need torch alo
     python d1_full.py --model llada/llada-8b-instruct --use_lora --task sft_only
     python d1_full.py --model ./ckpt/sft --use_lora --task gsm8k
 
-Map    2 settings · 3 forward process · 4 masked SFT loss · 5 one-step estimator · 6 diffu-GRPO ·
-       7 block decoder · 8 models · 9 tokenizer · 10 tasks, rewards, grading · 11 the two stages ·
-       12 evaluation, Table 1 · 13 checkpoints · 14 screen · 16 main (15 is kept for chat)
+Map    2 settings · 3 forward process · 4 masked SFT loss · 5 one-step estimator · 6 diffu-GRPO · 7 block decoder ·
+       8 models · 9 tokenizer · 10 tasks, rewards, grading · 11 the two stages · 12 evaluation, Table 1 ·
+       13 checkpoints · 14 screen · 16 main (15 is kept for chat)
 
 Sizes  B rows, G completions a prompt (group), P prompt, C completion, L = P + C, K block,
        V vocabulary, N selected positions. A bool tensor is named for what True means.
@@ -56,7 +56,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import atexit
 import collections
 import contextlib
 import copy
@@ -71,7 +70,6 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
 import operator
 import os
 import random
@@ -82,6 +80,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import unicodedata
@@ -184,7 +183,7 @@ class Settings:
     block_length: int = opt(32, "tokens of a semi-autoregressive block", "App. D", low=1)
     diffusion_steps: int = opt(0, "denoising steps of a rollout; 0 = gen_length/2", "App. D", low=0)
     eval_lengths: str = opt("128,256,512", "evaluation lengths; greedy, length/2 steps", "Sec. 4", tiny="32,64,96")
-    limit: int = opt(0, "test problems; 0 = all of --data or of the set, 256 of count and of generated ones", low=0)
+    limit: int = opt(0, "test problems, and held-out ones at most; 0 = all, 256 of count or generated ones", low=0)
     bs_eval: int = opt(8, "rows decoded at once", tiny=128, low=1)
     save_steps: int = opt(100, "updates between checkpoints and held-out checks", "official train.yaml", tiny=40, low=1)
 
@@ -497,7 +496,7 @@ def refusing(what: str):
         yield
     except UserError:
         raise
-    except Exception as e:  # libraries raise what they like
+    except (Exception, SystemExit) as e:  # libraries, and a user's file, raise what they like
         raise UserError(f"{what}: {' '.join(str(e).split())[:300]} ({type(e).__name__})") from e
 
 def network_of(source: str, raw: dict):
@@ -780,12 +779,9 @@ def last_answer(text: str) -> str | None:
     return answer.strip() if start else None
 
 def answers(text: str) -> list[str]:
-    """Every complete <answer> block. What never closes is cut off first, so the time is linear in the length."""
-    return re.findall(r"<answer>(.*?)</answer>", text[: text.rfind("</answer>") + len("</answer>")], re.DOTALL)
-
-def first_answer(text: str) -> str | None:
-    """The first complete <answer> block, as the official parser reads it."""
-    return next((block.strip() for block in answers(text)), None)
+    """Every complete <answer> block, stripped. What never closes is cut off first, so the time is linear."""
+    closed = text[: text.rfind("</answer>") + len("</answer>")]
+    return [block.strip() for block in re.findall(r"<answer>(.*?)</answer>", closed, re.DOTALL)]
 
 def box_from(text: str, start: int) -> str | None:
     """The text from `start` to the brace that closes the first one; None if none does in 10,000 characters."""
@@ -880,41 +876,48 @@ def equal_latex(a: str, b: str) -> bool:
         return a == b or (len(a) <= 100_000 and normalise_latex(a) == normalise_latex(b))  # bounds the time
     return False
 
-def verify_in_worker(gold: str, found: str) -> bool:
-    """math-verify's answer, gold first. Its own time limits are signals, which C code ignores."""
-    from math_verify import parse, verify
-    logging.disable(logging.ERROR)
-    return verify(*(parse(f"${text}$", parsing_timeout=None) for text in (gold, found)), timeout_seconds=None)
+MATH_WORKER = """import json, signal, sys
+from math_verify import parse, verify
+print("ready", flush=True)
+for line in sys.stdin:
+    limit, *texts = json.loads(line)
+    signal.setitimer(signal.ITIMER_VIRTUAL, limit)  # its default is to end the process, whatever C code is busy with
+    same = verify(*(parse(f"${text}$", parsing_timeout=None) for text in texts), timeout_seconds=None)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    print(int(same), flush=True)"""
+MATH_LOCK = threading.Lock()
 
 @functools.cache
-def math_worker():
-    """A process for `verify_in_worker`, started and warm; it is ended when an answer takes too long."""
-    pool = multiprocessing.get_context("spawn").Pool(1, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    atexit.register(pool.terminate)
-    pool.apply(verify_in_worker, ("1", "2"))
-    return pool
+def math_worker() -> subprocess.Popen:
+    """A process that runs math-verify, whose own time limits C code ignores and only the main thread can set."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    worker = subprocess.Popen([sys.executable, "-c", MATH_WORKER], text=True, **pipes)
+    if worker.stdout.readline() != "ready\n":
+        raise UserError(f"math-verify does not start: {worker.stderr.read().strip().splitlines()[-1:]}")
+    return worker
 
 def same_mathematics(found: str, gold: str, limit: float = 1.0) -> bool:
-    """Whether two LaTeX answers are equal: in plain form, as numbers, or by math-verify in `limit` seconds."""
+    """Whether two LaTeX answers are equal: in plain form, as numbers, or by math-verify in `limit` CPU seconds."""
     numbers = parse_number(found), parse_number(gold)
     if None not in numbers or equal_latex(found, gold):
         return None in numbers or numbers[0] == numbers[1]
     # towers of powers, long sums and factorials of large numbers would only run into the limit
     if len(found) > 200 or re.search(r"\d{20}|\d{4}!|\^[^^]{0,9}\^|\^\W*\d{4}|\*\*|\\(sum|prod|int|binom)", found):
         return False
-    try:
-        return math_worker().apply_async(verify_in_worker, (gold, found)).get(limit)
-    except multiprocessing.TimeoutError:
-        math_worker().terminate()
-        math_worker.cache_clear()
-        return False
+    with MATH_LOCK:
+        for _ in range(2):  # again if the process was ended by somebody else
+            worker = math_worker()
+            with contextlib.suppress(BrokenPipeError):
+                print(json.dumps([limit, gold, found]), file=worker.stdin, flush=True)
+            if answer := worker.stdout.readline():
+                return answer == "1\n"
+            math_worker.cache_clear()
+            if worker.wait() == -signal.SIGVTALRM:
+                break
+    return False
 
 class Task:
-    """One benchmark: where its problems come from, how they are asked, paid and graded.
-
-    A subclass gives generate(rng), a problem or None for a draw that is none, parse(row), of a data file, rewards and
-    grade, the last two by our reading or, with official=True, by that of the official code.
-    """
+    """One benchmark: where problems come from (generate, None = draw again; parse), how they are asked and graded."""
     name = official_name = ""  # as in --task; as in the official generations' file names
     hub = hub_test = ""  # the public data set, and the one to test on if it is another
     texts: tuple[str, ...] = ()  # the columns that a data file must have as text
@@ -944,7 +947,7 @@ class Task:
                 problems.append(self.parse(row))
             except KeyError as e:
                 raise UserError(f"{data}, row {number}: no column {e}; it has {', '.join(map(str, row))}") from e
-            except (ValueError, TypeError, AttributeError) as e:
+            except (ValueError, TypeError, AttributeError, ArithmeticError) as e:
                 raise UserError(f"{data}, row {number}: no {self.name} problem: {e}; it has {str(row)[:120]}") from e
         return problems[:n]
 
@@ -1018,6 +1021,7 @@ def read_rows(data: str, split: str) -> list[dict]:
             rows = list(itertools.islice(hub, HUB_ROWS))
         if not rows or not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
             raise ValueError("it holds no rows, or rows without named columns")
+        json.dumps(rows, ensure_ascii=False, default=str).encode()  # half a surrogate pair is no text
     return rows
 
 class Gsm8k(Task):
@@ -1070,7 +1074,7 @@ class Gsm8k(Task):
             return [float(n) for n in re.findall(r"-?\d+\.?\d*", content)]
         if official:  # the first box with a number in it, else the last number of the first <answer>
             boxes = [numbers(content)[:1] for content, end in re.findall(r"\\boxed{([^}\n]*)(}?)", completion) if end]
-            found = next(filter(None, [*boxes, numbers(first_answer(completion) or "")[-1:]]), [None])[0]
+            found = next(filter(None, [*boxes, numbers("".join(answers(completion)[:1]))[-1:]]), [None])[0]
             return verdict(found == self.ground_truth(example), found if found is None else str(found))
         found = last_answer(completion) or ""
         found = last_boxed(found) or found or last_boxed(completion)
@@ -1105,7 +1109,7 @@ class Math500(Task):
 
     def grade(self, completion, example, official=False):
         if official:
-            found = official_boxed(completion) or first_answer(completion)
+            found = official_boxed(completion) or next(iter(answers(completion)), None)
             return verdict(found is not None and equal_latex(found, example["answer"]), found)
         found = last_boxed(last_answer(completion) or "") or last_boxed(completion)
         return verdict(found is not None and same_mathematics(found.strip(), example["answer"]), found)
@@ -1147,12 +1151,12 @@ class Countdown(Task):
         if not official:
             return {"countdown": {True: 1.0, False: 0.1, None: 0.0}[reaches(last_answer(completion), example)]}
         found = answers(completion)
-        right = bool(found) and reaches(found[-1].strip(), example, official)
+        right = bool(found) and reaches(found[-1], example, official)
         return {"countdown": 1.0 if right else 0.1 if found else 0.0}
 
     def grade(self, completion, example, official=False):
         if official:  # the last box, else the first <answer>, else all of it; the left side of an equation
-            found = next(s for s in (official_boxed(completion), first_answer(completion), completion) if s is not None)
+            found = next(s for s in (official_boxed(completion), *answers(completion)[:1], completion) if s is not None)
             found = found.replace("\\div", "/").replace("\\times", "*").replace("\\cdot", "*")
             if equation := re.search(r"(?<![0-9+\-*/() ])([0-9+\-*/() ]++)=[0-9. ]+", found):
                 found = equation[1].strip()
@@ -1238,8 +1242,10 @@ class Custom(Task):
             self.function = runpy.run_path(self.path)[name]
 
     def parse(self, row):
-        if not isinstance(row["prompt"], str | list):
-            raise ValueError("column 'prompt' must be a text or a list of messages")
+        chat = row["prompt"]
+        texts = [chat] if isinstance(chat, str) else [text for m in chat for text in (m["role"], m["content"])]
+        if not texts or not all(isinstance(text, str) and text for text in texts):
+            raise ValueError("column 'prompt' must be a text or a list of messages with role and content")
         return dict(row)
 
     def messages(self, example, system=None):
@@ -1260,13 +1266,15 @@ class Custom(Task):
             values = self.function(prompts=[e["prompt"] for e in examples], completions=said, **columns)
             if len(values) != len(texts) or not all(math.isfinite(v) for v in values):
                 raise ValueError(f"{len(texts)} completions need as many finite numbers, not {str(values)[:80]}")
-        except Exception as e:
+        except (Exception, SystemExit) as e:
+            frames = traceback.extract_tb(e.__traceback__)
+            at = "".join([f", line {f.lineno}" for f in frames if f.filename == self.path][-1:])
+            what = f"--reward: {self.path}{at}: {type(e).__name__}: {e}"
             if not self.pay_errors_zero:
-                frames = traceback.extract_tb(e.__traceback__)
-                at = "".join([f", line {f.lineno}" for f in frames if f.filename == self.path][-1:])
-                raise UserError(f"--reward: {self.path}{at}: {type(e).__name__}: {e}; "
-                                "--reward_errors zero pays 0 and goes on") from e
+                raise UserError(f"{what}; --reward_errors zero pays 0 and goes on") from e
             values, self.failed = [0.0] * len(texts), self.failed + 1
+            if self.failed & (self.failed - 1) == 0:  # the first time, the second, the fourth, the eighth ...
+                print(f"d1_full.py: {what}; paid 0, {self.failed} calls so far", file=sys.stderr)
         return [{"reward": float(v)} for v in values]
 
     def rewards(self, completion, example, official=False):
@@ -1306,8 +1314,7 @@ def precision(device: torch.device):
 class Stage:
     """What both stages share: optimizer, loop, guard, log and checkpoint.
 
-    A subclass gives: update() -> metrics, one gradient update; check(screen) -> figures on held-out
-    data, before each checkpoint; batch_name(), which rows an update uses, for error messages.
+    A subclass gives update() -> metrics, check(screen) -> held-out figures, and batch_name() for error messages.
     """
     name = ""
 
@@ -1336,8 +1343,7 @@ class Stage:
         self.fill_model(empty=True)
         self.share = f".{self.rank}_of_{self.world}" if sharded or zero else ""  # whose part of the state this holds
         self.checkpoint = self.out / "trainer" / f"{self.name}{self.share}.pt"
-        self.best = None  # (held-out score, step, weights): see DiffuGRPO
-        self.score, self.stale = math.nan, 0  # of the last held-out check; checks since the last better one
+        self.best, self.score, self.stale = None, math.nan, 0  # (score, step, weights); the last; checks since a better
         self.span = 1  # steps from one place to resume at to the next
 
     def fill_model(self, empty: bool = False) -> None:
@@ -1419,8 +1425,7 @@ class Stage:
 class MaskedSFT(Stage):
     """Stage 1: masked supervised fine-tuning.   d1 Algorithm 2, Sec. 3.3
 
-    rows: (ids, prompt_len) pairs from `encode_example`; 1 % of them, at least one, is held out.
-    Rows are padded with EOS, which the model learns to write, as LLaDA's own training does.
+    rows: (ids, prompt_len) pairs; 1 % is held out. They are padded with EOS, which is trained, as in LLaDA's training.
     """
     name = "sft"
 
@@ -1453,8 +1458,7 @@ class MaskedSFT(Stage):
         x0 = torch.full((len(rows), length), self.tokenizer.eos_token_id)
         keep = torch.zeros_like(x0, dtype=torch.bool)
         for i, (ids, prompt_len) in enumerate(rows):
-            ids = ids[:length]
-            x0[i, : len(ids)] = torch.tensor(ids)
+            x0[i, : len(ids)] = torch.tensor(ids[:length])
             keep[i, :prompt_len] = True
         return x0, keep
 
@@ -1525,13 +1529,11 @@ class DiffuGRPO(Stage):
         eval_mode(model)
         super().__init__(model, tokenizer, cfg, out, cfg.lr_rl, cfg.wd_rl, cfg.clip_rl, cfg.steps_rl)
         self.examples, self.ask, self.reward, self.heldout = examples, ask, reward, heldout
-        self.batch: list[Rollout] = []
-        self.sample, self.span = "", cfg.mu
+        self.batch, self.sample, self.span = [], "", cfg.mu
 
     def batch_name(self) -> str:
-        i = self.step // self.cfg.mu
-        drawn = [n for m in self.micro_batches(i) for n in self.problems(m)]
-        return f"rollout batch {i}, inner update {self.step % self.cfg.mu}, problems {drawn}"
+        i, k = divmod(self.step, self.cfg.mu)
+        return f"rollout batch {i}, inner update {k}, problems {list(map(self.problems, self.micro_batches(i)))}"
 
     def micro_batches(self, batch: int) -> list[int]:
         """Global numbers of this process's micro-batches; two processes share what one would do in twice as many."""
@@ -1595,9 +1597,9 @@ class DiffuGRPO(Stage):
                     logp, r.logp_old[k], r.logp_ref[k] if r.logp_ref else None, r.advantages, r.live,
                     eps=self.cfg.eps, beta=self.cfg.beta, norm=self.cfg.norm)
                 self.backward(loss, 1 / len(self.batch))
-            spread = r.rewards.view(-1, self.cfg.group).std(1)  # (B/G,)
+            spread = r.rewards.view(-1, self.cfg.group).std(1).mean()
             length = r.live.sum(1).float().mean()
-            row = {"loss": loss, "reward": r.rewards.mean(), "reward_std": spread.mean(), "length": length, **metrics}
+            row = {"loss": loss, "reward": r.rewards.mean(), "reward_std": spread, "length": length, **metrics}
             rows.append({n: float(v.detach()) for n, v in row.items()} | r.parts)
         return {**self.average(rows), "grad_norm": self.apply_gradient(), "inner": k}
 
@@ -1708,7 +1710,8 @@ def generate(model, tokenizer, prompts: list[list[int]], cfg: Settings, gen_leng
 def entry_of(task: Task, row: str, gen_length: int, records: list[dict], examples, cfg: Settings) -> dict:
     """An entry of eval.json: strict accuracy with its interval, the official score, and how replies look."""
     grades = [task.grade(r["generations"], e) for r, e in zip(records, examples, strict=True)]
-    official = [task.grade(r["generations"], e, official=True) for r, e in zip(records, examples, strict=True)]
+    official = grades if task.name == "custom" else [
+        task.grade(r["generations"], e, official=True) for r, e in zip(records, examples, strict=True)]
     n, hits = len(records), sum(g.correct for g in grades)
     low, high = wilson(hits, n)
     score = {task.score: sum(g.score for g in grades) / n} if task.score else {}
@@ -1729,18 +1732,19 @@ def finished_replies(path: Path, stamp: str) -> dict[int, dict]:
 
 def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, out: Path, screen: Screen) -> list[dict]:
     """Accuracy at every length, merged into eval.json; replies are kept as they come, so a stop loses none of them."""
+    from accelerate.utils import broadcast_object_list, gather_object
     prompts, cut = evaluation_prompts(tokenizer, task, examples, cfg)
     if cut:
         screen.say(f"{cut} of {len(prompts)} prompts are over --max_prompt {cfg.max_prompt}: cut on the left")
     weights = [p.sum(dtype=torch.float32).item() for p in model.parameters()]
+    weights += [m.scaling for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]  # LoRA's alpha
     label, rank, entries = row + (f"_{Path(cfg.data).stem}" if cfg.data else ""), processes().process_index, []
     for length in cfg.lengths():
         began = time.perf_counter()
         path = out / "generations" / f"{task.official_name}_{label}_{length}_{length // 2}_0_generations.json"
         stamp = hashlib.sha256(repr((weights, prompts, length, cfg.block_length)).encode()).hexdigest()[:16]
         (parts := path.with_suffix(".parts")).mkdir(parents=True, exist_ok=True)  # a file a process
-        done = finished_replies(path, stamp)
-        processes().wait_for_everyone()  # all have read the same before anybody writes
+        done, mine = broadcast_object_list([finished_replies(path, stamp)])[0], {}  # the main process's, for all
         screen.start(f"eval {row} {length}", len(prompts), len(done))
         with (parts / f"{rank}.jsonl").open("a", encoding="utf-8") as f:
             f.write("\n")  # ends a line that a kill may have cut short
@@ -1748,29 +1752,30 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
             for batch in generate(model, tokenizer, prompts, cfg, length, todo):
                 f.writelines(json.dumps([stamp, *reply]) + "\n" for reply in batch)
                 f.flush()
+                mine |= dict(batch)
                 screen.advance({}, min(len(batch) * processes().num_processes, len(prompts)))
         screen.stop()
-        processes().wait_for_everyone()
-        done = finished_replies(path, stamp)
+        for part in gather_object([mine]):
+            done |= part
         records = [{"question": task.question(e), "prompt_input": tokenizer.decode(prompts[i]),
                     **done[i], "ground_truth": task.ground_truth(e)} for i, e in enumerate(examples)]
         metrics = {"wall_time": time.perf_counter() - began, "total_processed": len(records)}
         write_json(path, dict(generations=records, metrics=metrics, model_path=cfg.model, gen_length=length,
                               diffusion_steps=length // 2, block_length=cfg.block_length, stamp=stamp))
         processes().wait_for_everyone()
-        if rank == 0:
-            shutil.rmtree(parts)
+        shutil.rmtree(parts, ignore_errors=True)
         entries.append(entry_of(task, row, length, records, examples, cfg) | {"prompts_cut": cut})
     path = out / "eval.json"
-    earlier = json.loads(path.read_text()) if path.exists() else []
-    merged = {(e["task"], e["row"], e["gen_length"], e["data"]): e for e in [*earlier, *entries]}
+    with refusing(f"cannot read {path}"):
+        earlier = json.loads(path.read_text()) if path.exists() else []
+        merged = {(e["task"], e["row"], e["gen_length"], e["data"]): e for e in [*earlier, *entries]}
     write_json(path, list(merged.values()))
     return entries
 
 # %% 13. Checkpoint and resume
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
-    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
+    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=1, default=str) + "\n"))
 
 def write_whole(path: Path, write: Callable[[Path], Any], everyone: bool = False) -> None:
     """Write aside, fsync, rename: after a kill the old file or the new one is there. One process writes, or all."""
@@ -1979,7 +1984,7 @@ def results_table(screen: Screen, entries: list[dict], cfg: Settings) -> None:
                 shares = (f"{scale * e[score]:.1f}         " if score in e else "-" for e in made.values())
                 rows.append(["", score, *shares, ""])
     title = "Accuracy, %: strict grading, greedy, 95 % Wilson interval"
-    title += "; stand-in = generated problems, not the benchmark" if standin else ""
+    title += "; stand-in = generated problems, not the benchmark" * bool(standin)
     screen.table(title, ["task", "row", *(f"length {n}" for n in lengths), "n"], rows)
 
 def plot_curves(out: Path) -> None:
@@ -2024,8 +2029,7 @@ def parse_words(words: Sequence[str] | None) -> dict[str, Any]:
     known, unknown = parser.parse_known_args(words)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{k}" for k in Settings.__annotations__], 1)
-        hint = "".join(f"; did you mean {flag}?" for flag in near)
-        raise UserError(f"unknown argument {unknown[0]}{hint} (--help lists all)")
+        raise UserError(f"unknown argument {unknown[0]}" + "".join(f"; did you mean {flag}?" for flag in near))
     return vars(known)
 
 def config_words(path: str) -> list[str]:
@@ -2114,7 +2118,7 @@ def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) ->
     size, traces = cfg.sft_length, {}  # by row number
     for number, row in enumerate(read_rows(cfg.sft_data, "train"), 1):
         question, reply, thoughts, attempt = map(row.get, ("question", "reply", "thinking_trajectories", "attempt"))
-        if isinstance(row.get("answer"), str) and "####" in row["answer"]:  # GSM8K
+        if reply is None and isinstance(row.get("answer"), str) and "####" in row["answer"]:  # GSM8K
             thoughts, attempt = map(str.strip, row["answer"].split("####", 1))
         thoughts = thoughts[0] if isinstance(thoughts, list) and thoughts else thoughts
         if thoughts and isinstance(thoughts, str) and isinstance(attempt, str):
@@ -2131,8 +2135,7 @@ def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) ->
     long = [n for n, (ids, prompt_len) in traces.items() if len(ids) > size > prompt_len]
     for numbers, why in ((bad, "malformed or all prompt, left out"), (long, f"cut at --sft_length {size}")):
         if numbers:
-            first = ", ".join(map(str, numbers[:8])) + ", ..." * (len(numbers) > 8)
-            screen.say(f"  {len(numbers)} {why}: row number {first}")
+            screen.say(f"  {len(numbers)} {why}: row number {str(numbers[:8])[1:-1]}{', ...' * (len(numbers) > 8)}")
     return rows
 
 def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
@@ -2149,11 +2152,10 @@ def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
     rows = [r for r in rows if source != TASKS["count"].hub or len(r["numbers"]) == 3]  # the paper's have no fourth
     if split != "test" or not (own_test or (cfg.eval_only and cfg.data)):
         parts = (split, "test") if split == "train" and own_test else (split,)
-        rows = [r for r in rows if split_of(json.dumps(r, sort_keys=True, default=str)) in parts]
+        rows = [r for r in rows if split_of(task.key(r) or json.dumps(r, sort_keys=True, default=str)) in parts]
     if not rows:
         raise UserError(f"{source} has no problems for the {split} split")
-    limit = split == "test" and (cfg.limit or (not cfg.data and task.tests))
-    return rows[: limit or None]
+    return rows[: cfg.limit or (not cfg.data and task.tests) or None] if split == "test" else rows
 
 def say_sizes(task: Task, splits: dict[str, list[dict]], screen: Screen) -> None:
     """Print how many problems each split has, and how many are in two."""
@@ -2176,8 +2178,9 @@ def prepare_folder(cfg: Settings, out: Path, screen: Screen) -> None:
 
 def run_stage(stage: Stage, stages: list[str], cfg: Settings, screen: Screen) -> None:
     """Resume if asked, train, export."""
-    if cfg.resume and load_trainer(stage):
-        screen.say(f"{stage.name}: resumed after step {stage.step}")
+    if cfg.resume:
+        found = load_trainer(stage)
+        screen.say(f"{stage.name}: resumed after step {stage.step}" if found else f"{stage.name}: from the start")
     stage.run(screen)
     stage.finish(screen)
     export_model(stage.model, stage.tokenizer, stage.out, run_state(cfg, stages, cfg.model))
@@ -2222,8 +2225,6 @@ def run_benchmark(cfg: Settings, screen: Screen, out: Path, before: bool = True)
         return sum(g.score if task.name == "custom" else g.correct for g in grades) / len(grades)
     pay = functools.partial(task.pay, official=cfg.preset == "official")
     run_stage(DiffuGRPO(model, tokenizer, splits["train"], task.messages, pay, cfg, out, check), stages, cfg, screen)
-    if getattr(task, "failed", 0):
-        screen.say(f"{task.failed} calls of --reward {cfg.reward} failed; their completions were paid 0")
     return entries + ([] if cfg.skip_eval else look(row=row_name(stages)))
 
 def open_model(cfg: Settings, screen: Screen):
@@ -2299,8 +2300,7 @@ def skeleton(cfg: Settings):
 
 def bytes_per_token(config, r: int, checkpointing: bool) -> float:
     """What backward keeps of one token, in bytes: a Llama in bf16 arithmetic, fp32 norms, fused attention."""
-    d, layers = config.hidden_size, config.num_hidden_layers
-    f = getattr(config, "intermediate_size", None) or 4 * d
+    d, layers, f = config.hidden_size, config.num_hidden_layers, getattr(config, "intermediate_size", 0)
     block = 28 * d + 8 * f + 14 * r if r else 34 * d + 8 * f  # full training has fp32 residuals and norms
     return 2 * d * layers + block if checkpointing else block * layers
 
@@ -2332,7 +2332,6 @@ def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
         if updates:
             needs.append((name, f"{passes:.4g} of {rows * length:,} tokens an update, {each:.2e} FLOPs; "
                                 f"{passes * updates:,.0f} in the run"))
-    needs.append(("FLOPs of training, a process", f"{flops:.2e}: {flops / 2e14 / 3600:,.1f} h at 200 TFLOP/s"))
     packed = sum(m.weight.numel() for m in block_linears(model).values()) * cfg.load_4bit  # NF4: .516 bytes each
     width = 4 if tiny or not (cfg.use_lora or cfg.eval_only) else 2  # bytes of the others
     copies = 2 if rl and cfg.beta and not cfg.use_lora else 1  # the frozen reference
@@ -2345,8 +2344,9 @@ def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
         "activations": kept + 2.0 * trained,  # the latter: bf16 copies of fp32 weights
         "logits": config.vocab_size * (12.0 * replies + 2 * tokens),
     }
-    needs += [(f"memory: {name}", f"{size / 2**30:.3f} GiB") for name, size in memory.items() if size]
-    needs += [("memory: peak, about", f"{sum(memory.values()) / 2**30:.2f} GiB"),
+    needs += [("FLOPs of training, a process", f"{flops:.2e}: {flops / 2e14 / 3600:,.1f} h at 200 TFLOP/s"),
+              *((f"memory: {name}", f"{size / 2**30:.3f} GiB") for name, size in memory.items() if size),
+              ("memory: peak, about", f"{sum(memory.values()) / 2**30:.2f} GiB"),
               ("disk: weights and trainer state", f"{trained * 16 / 2**30:.3f} GiB")]
     screen.table("What the run needs", ["quantity", "value"], needs)
 
@@ -2363,7 +2363,7 @@ def run(argv: Sequence[str] | None) -> None:
         export_merged(model, tokenizer, Path(cfg.output_dir), cfg.export)
         return screen.say(f"{cfg.model} is now in {cfg.output_dir}, in the form {cfg.export}")
     began, out = time.monotonic(), Path(cfg.output_dir) / {"sft_only": "sft"}.get(cfg.task, cfg.task)
-    if cfg.resume and not (out if cfg.task == "table1" else out / "trainer").exists():
+    if cfg.resume and not (out.exists() if cfg.task == "table1" else any(out.glob("trainer/*.pt"))):
         raise UserError(f"nothing to resume in {out}: run without --resume")
     try:
         table1 = functools.partial(run_table1, given=given)

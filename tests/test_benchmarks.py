@@ -67,7 +67,9 @@ def test_a_reward_that_fails_is_one_line(own, reward, word, capsys):
 
 def test_reward_errors_zero_goes_on_and_counts(own, capsys):
     assert own("pay.py:fails", "--skip_sft", "--skip_eval", "--reward_errors", "zero") == 0
-    assert "calls of --reward" in capsys.readouterr().out
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split("; ")[1] for line in said] == [f"paid 0, {n} calls so far" for n in (1, 2, 4)]
+    assert "pay.py, line 8: ZeroDivisionError" in said[0]
 
 
 def test_own_tasks_need_their_parts(own, tmp_path, capsys):
@@ -75,6 +77,33 @@ def test_own_tasks_need_their_parts(own, tmp_path, capsys):
     for flags in ("--task custom", "--task gsm8k --reward a.py:b", "--task custom --reward a:b"):
         assert d1.main([*flags.split(), "--output_dir", str(tmp_path)]) == 2
         assert "--task custom" in capsys.readouterr().err
+
+
+def test_a_reward_may_not_end_the_program(own, tmp_path, capsys):
+    (tmp_path / "exits.py").write_text("import sys\ndef inside(prompts, **_):\n    sys.exit(0)\n")
+    (tmp_path / "exit.py").write_text("raise SystemExit(0)")
+    for reward in ("exits.py:inside", "exit.py:any"):
+        assert own(reward, "--skip_sft", "--skip_eval") == 2 and "SystemExit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prompt", ["", [], ["hi"], [{"role": "user"}], [{"role": "user", "content": None}], 7, None])
+def test_prompts_that_are_no_chat_are_refused(prompt, tmp_path):
+    (tmp_path / "pay.py").write_text(REWARD)
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": prompt}) + "\n")
+    with pytest.raises(d1.UserError, match=r"bad\.jsonl, row 2: no"):
+        d1.Custom(f"{tmp_path}/pay.py:short").examples("train", data=str(tmp_path / "bad.jsonl"))
+
+
+@pytest.mark.parametrize(("task", "row", "word"), [
+    ("gsm8k", {"question": "a\ud800", "answer": "#### 3"}, "surrogates"),
+    ("count", {"numbers": [1, 2, float("inf")], "target": 3}, "row 1"),
+    ("count", {"numbers": None, "target": 3}, "row 1"),
+    ("sudoku", {"Puzzle": "1", "Solution": "2"}, "16 digits"), ("math500", {"problem": 3, "answer": "1"}, "'problem'"),
+])
+def test_rows_that_are_no_problem_are_named(task, row, word, tmp_path):
+    (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(d1.UserError, match=word):
+        d1.TASKS[task].examples("test", data=str(tmp_path / "bad.jsonl"))
 
 
 def test_the_sum_of_rewards_of_a_batch_is_what_the_function_saw(own, tmp_path):
@@ -126,6 +155,26 @@ def test_replies_of_other_weights_prompts_or_lengths_are_not_taken(tiny, quick, 
     assert len(calls) == 4
     evaluation(other, quick, tmp_path, screen, max_prompt=9)()
     assert len(calls) == 8
+
+
+def test_replies_under_another_lora_scaling_are_not_taken(tiny, quick, tmp_path, screen, monkeypatch):
+    model, tokenizer = d1.load_model("tiny", lora=(4, 8, 0.0, "all"))
+    evaluation((model, tokenizer), quick, tmp_path, screen)()
+    for module in model.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] *= 2
+    decode, calls = d1.diffuse_decode, []
+    monkeypatch.setattr(d1, "diffuse_decode", lambda *a, **k: calls.append(1) or decode(*a, **k))
+    evaluation((model, tokenizer), quick, tmp_path, screen)()
+    assert len(calls) == 4
+
+
+def test_a_damaged_eval_json_is_one_line(tiny, quick, tmp_path, screen):
+    (tmp_path / "run").mkdir()
+    for text in ("[{", '[{"task": "sudoku"}]'):
+        (tmp_path / "run/eval.json").write_text(text)
+        with pytest.raises(d1.UserError, match=r"cannot read .*eval\.json"):
+            evaluation(tiny, quick, tmp_path, screen)()
 
 
 def test_patience_stops_at_a_plateau_and_both_accuracies_are_told(tiny, quick, tmp_path, capsys):

@@ -1,13 +1,19 @@
 """Grading and rewards on any text: equality of mathematics, the official patterns in linear time, hostile strings."""
 
+import os
 import random
 import re
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 import d1_full as d1
 
+ROOT = Path(d1.__file__).parent
 PIECES = ["<reasoning>", "</reasoning>", "<answer>", "</answer>", "\n", " ", "```", "1", "1234", "3142243142131324",
           "\\boxed{", "}", "{", "=", "+2", "(", ")", "x", ".", "<|eot_id|>", "<|endoftext|>", "\\fbox", "\\boxed ", "$"]
 EXAMPLES = {"gsm8k": {"question": "?", "answer": "1234"}, "math500": {"problem": "?", "answer": "\\frac{1}{2}"},
@@ -30,8 +36,23 @@ def test_equality_of_mathematics(found, gold, same):
 def test_an_answer_that_takes_too_long_ends_the_worker_and_the_next_is_graded():
     assert d1.same_mathematics("x+1", "1+x")
     first = d1.math_worker()
-    assert not d1.same_mathematics("x+1", "1+x", limit=0.0)  # no answer in no time
-    assert d1.same_mathematics("x+1", "1+x") and d1.math_worker() is not first
+    assert not d1.same_mathematics("(x+1)^{400}", "1+x", limit=0.001)  # no answer in no time
+    assert first.poll() is not None and d1.same_mathematics("x+1", "1+x") and d1.math_worker() is not first
+
+
+def test_a_worker_that_was_killed_is_replaced_and_threads_do_not_meet():
+    d1.math_worker().kill()
+    assert d1.same_mathematics("\\sqrt{9}", "\\frac{6}{2}")
+    pairs = [(f"x+{i % 7}", f"{i % 5}+x") for i in range(60)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda p: d1.same_mathematics(*p), pairs)) == [i % 7 == i % 5 for i in range(60)]
+
+
+def test_the_worker_starts_from_a_bare_script(tmp_path):
+    (tmp_path / "t.py").write_text("import d1_full\nprint(d1_full.same_mathematics('x+1', '1+x'))\n")
+    done = subprocess.run([sys.executable, str(tmp_path / "t.py")], env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n" and done.returncode == 0
 
 
 def test_official_formats_are_the_official_patterns_on_random_text():
@@ -56,9 +77,8 @@ def test_official_formats_are_the_official_patterns_on_random_text():
         hits = [m[1].strip() for m in (re.search(p, text, re.DOTALL) for p in patterns) if m and m[1].strip()]
         assert sudoku.grade(text, EXAMPLES["sudoku"], official=True).answer == (hits[0] if hits else None), text
         seen["five"] += bool(hits)
-        assert d1.answers(text) == re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
-        block = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
-        assert d1.first_answer(text) == (block[1].strip() if block else None)
+        blocks = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+        assert d1.answers(text) == [block.strip() for block in blocks]
         boxed = "".join(rng.choices(["\\boxed{", "7", "23", "}", "\n", "x", ".5", "-", "{"], k=9))
         boxes = [re.findall(r"-?\d+\.?\d*", content)[:1] for content in re.findall(r"\\boxed{(.*?)}", boxed)]
         number = next((n[0] for n in boxes if n), None)
