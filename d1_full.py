@@ -1158,7 +1158,7 @@ class Countdown(Task):
         if official:  # the last box, else the first <answer>, else all of it; the left side of an equation
             found = next(s for s in (official_boxed(completion), *answers(completion)[:1], completion) if s is not None)
             found = found.replace("\\div", "/").replace("\\times", "*").replace("\\cdot", "*")
-            if equation := re.search(r"(?<![0-9+\-*/() ])([0-9+\-*/() ]++)=[0-9. ]+", found):
+            if "=" in found and (equation := re.search(r"(?<![0-9+\-*/() ])([0-9+\-*/() ]++)=[0-9. ]+", found)):
                 found = equation[1].strip()
             return verdict(reaches(found, example, official) is True, found)
         found = last_answer(completion)
@@ -1218,10 +1218,11 @@ class Sudoku(Task):
         found = last_answer(completion)
         if official:  # what the first of five patterns finds
             inside, after = completion.partition("<answer>")[2], completion.partition("</answer>")[2]
+            long = completion if re.search(r"\d{16}", completion) else ""  # the last two patterns are slow on megabytes
             end = r"(?s)(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|{})"
             matches = (re.search(r"```([\d\s]++)```", inside), re.match(end.format("</answer>"), inside),
-                       re.match(end.format("$"), after), re.search(r"(?<!\d)\d++(?<=(\d{16}))\s*</answer>", completion),
-                       re.search(r"\b(\d{16})\b", completion))
+                       re.match(end.format("$"), after), re.search(r"(?<!\d)\d++(?<=(\d{16}))\s*</answer>", long),
+                       re.search(r"\b(\d{16})\b", long))
             found = next((m[1].strip() for m in matches if m and m[1].strip()), None)
         digits = "".join((found or "").split())
         score = self.cells(digits, example)
@@ -1267,9 +1268,8 @@ class Custom(Task):
             if len(values) != len(texts) or not all(math.isfinite(v) for v in values):
                 raise ValueError(f"{len(texts)} completions need as many finite numbers, not {str(values)[:80]}")
         except (Exception, SystemExit) as e:
-            frames = traceback.extract_tb(e.__traceback__)
-            at = "".join([f", line {f.lineno}" for f in frames if f.filename == self.path][-1:])
-            what = f"--reward: {self.path}{at}: {type(e).__name__}: {e}"
+            lines = [f", line {f.lineno}" for f in traceback.extract_tb(e.__traceback__) if f.filename == self.path]
+            what = f"--reward: {self.path}{''.join(lines[-1:])}: {type(e).__name__}: {e}"
             if not self.pay_errors_zero:
                 raise UserError(f"{what}; --reward_errors zero pays 0 and goes on") from e
             values, self.failed = [0.0] * len(texts), self.failed + 1
