@@ -96,7 +96,7 @@ def hostile(size: int = 1_000_000):
     """Strings made to hurt a parser, up to a megabyte each."""
     yield from ("9" * size, "{" * size, "\\boxed{" * (size // 7), "\\boxed{" + "{" * size, "(" * size, " " * size,
                 "<answer>" * (size // 8), "<reasoning>" + "</reasoning><answer>" * (size // 20),
-                "</answer>" * (size // 9), "<answer>" + "1" * size + "</answer>", "1=" * (size // 2),
+                "</answer>" * (size // 9), "<answer>" + "1" * size + "</answer>", "1=" * (size // 2), "1" * size + "x=",
                 "<answer>" + "(" * size + "</answer>", "```" * (size // 3), "1" * size + " " * size + "</answer>",
                 "<answer>```" + " " * size, "\\frac1{" * (size // 7), "\\sqrt" * (size // 5))
     for inner in ("9**9**9**9", "9^{9^{9^{9}}}", "(1)" * 90, "-" * 290 + "1", "10000!", "\ud800", "\u202e123", "½",
