@@ -890,10 +890,10 @@ MATH_LOCK = threading.Lock()
 @functools.cache
 def math_worker() -> subprocess.Popen:
     """A process that runs math-verify, whose own time limits C code ignores and only the main thread can set."""
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
     worker = subprocess.Popen([sys.executable, "-c", MATH_WORKER], text=True, **pipes)
     if worker.stdout.readline() != "ready\n":
-        raise UserError(f"math-verify does not start: {worker.stderr.read().strip().splitlines()[-1:]}")
+        raise UserError("math-verify does not start: pip install -r requirements.txt")
     return worker
 
 def same_mathematics(found: str, gold: str, limit: float = 1.0) -> bool:
