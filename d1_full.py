@@ -922,6 +922,7 @@ class Task:
     hub = hub_test = ""  # the public data set, and the one to test on if it is another
     texts: tuple[str, ...] = ()  # the columns that a data file must have as text
     gold: tuple[str, ...] = ("answer",)  # the parts of an example that the official generations file calls ground_truth
+    hub_keeps = staticmethod(lambda example: True)  # which of its problems the paper takes
     tests = 0  # problems of it that the paper tests on; 0 = all
     system, asks = SYSTEM, "{question}"  # the chat's first part; the question, filled in from the example
     says = "{}"  # how a demonstration writes its answer
@@ -1121,6 +1122,7 @@ class Countdown(Task):
                        "Answer with the expression alone.")
     asks, stems = "Numbers: {numbers}\nTarget: {target}", ("Numbers: [", "]\nTarget: ")
     gold = "numbers", "target"
+    hub_keeps = staticmethod(lambda example: len(example["numbers"]) == 3)  # the public set has some with four
 
     def generate(self, rng):
         a, b, c = numbers = [rng.randint(1, 9) for _ in range(3)]
@@ -1597,9 +1599,8 @@ class DiffuGRPO(Stage):
                     logp, r.logp_old[k], r.logp_ref[k] if r.logp_ref else None, r.advantages, r.live,
                     eps=self.cfg.eps, beta=self.cfg.beta, norm=self.cfg.norm)
                 self.backward(loss, 1 / len(self.batch))
-            spread = r.rewards.view(-1, self.cfg.group).std(1).mean()
-            length = r.live.sum(1).float().mean()
-            row = {"loss": loss, "reward": r.rewards.mean(), "reward_std": spread, "length": length, **metrics}
+            row = {"loss": loss, "reward": r.rewards.mean(), "length": r.live.sum(1).float().mean(), **metrics,
+                   "reward_std": r.rewards.view(-1, self.cfg.group).std(1).mean()}  # within a group
             rows.append({n: float(v.detach()) for n, v in row.items()} | r.parts)
         return {**self.average(rows), "grad_norm": self.apply_gradient(), "inner": k}
 
@@ -2149,7 +2150,7 @@ def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
     with refusing(f"cannot read {source}; without a network give a local file"):  # a hub set may have a test split
         own_test = not Path(source).is_file() and "test" in datasets.get_dataset_split_names(*source.split(":"))
     rows = task.examples("test" if split == "test" and own_test else "train", data=source)
-    rows = [r for r in rows if source != TASKS["count"].hub or len(r["numbers"]) == 3]  # the paper's have no fourth
+    rows = [r for r in rows if source != task.hub or task.hub_keeps(r)]
     if split != "test" or not (own_test or (cfg.eval_only and cfg.data)):
         parts = (split, "test") if split == "train" and own_test else (split,)
         rows = [r for r in rows if split_of(task.key(r) or json.dumps(r, sort_keys=True, default=str)) in parts]
@@ -2159,8 +2160,7 @@ def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
 
 def say_sizes(task: Task, splits: dict[str, list[dict]], screen: Screen) -> None:
     """Print how many problems each split has, and how many are in two."""
-    keys = {name: {task.key(e) or json.dumps(e, sort_keys=True, default=str) for e in rows}
-            for name, rows in splits.items()}
+    keys = {s: {task.key(e) or json.dumps(e, sort_keys=True, default=str) for e in rows} for s, rows in splits.items()}
     sizes = ", ".join(f"{name} {len(rows):,} ({len(keys[name]):,} different)" for name, rows in splits.items())
     shared = sum(len(keys[a] & keys[b]) for a, b in itertools.combinations(keys, 2))
     screen.say(f"{task.name} problems: {sizes}; in two splits: {shared}")
