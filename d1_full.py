@@ -94,6 +94,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that spin longer take
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 # %% 2. Settings — App. D; one field per setting: a default per preset, a help text and its source
@@ -111,6 +112,7 @@ def opt(paper, help, source="ours", *, official=None, tiny=None, choices=(), low
 
 RL_TASKS = ("gsm8k", "math500", "count", "sudoku", "custom")
 TASK_CHOICES = ("sft_only", *RL_TASKS, "table1")
+CACHES = ("none", "prefix", "dual")  # of keys and values, see BlockCache
 HUB_ROWS = 20000  # more problems than the paper's longest run draws
 
 @dataclasses.dataclass
@@ -146,6 +148,8 @@ class Settings:
     attn: str = opt("auto", "attention kernel", choices=("auto", "sdpa", "flash_attention_2", "eager"))
     dtype: str = opt("auto", "of the weights; auto = fp32 if all are trained, else bf16 on a GPU, as stored on a CPU",
                      choices=("auto", "float32", "bfloat16"))
+    logits_gib: float = opt(1.0, "GiB of logits held at once in the SFT loss and in old and reference passes", low=0.0)
+    compile: bool = opt(False, "torch.compile the model's blocks: slow to start, then faster; needs a C++ compiler")
     grad_checkpoint: bool = opt(False, "gradient checkpointing: less memory, a third more time")
     export: str = opt("", "also write the model whole: hf, merged for transformers, llada for LLaDA's own code; "
                       "without --task: convert --model into --output_dir", choices=("hf", "merged", "llada"))
@@ -183,6 +187,10 @@ class Settings:
     block_length: int = opt(32, "tokens of a semi-autoregressive block", "App. D", low=1)
     diffusion_steps: int = opt(0, "denoising steps of a rollout; 0 = gen_length/2", "App. D", low=0)
     eval_lengths: str = opt("128,256,512", "evaluation lengths; greedy, length/2 steps", "Sec. 4", tiny="32,64,96")
+    cache: str = opt("none", "evaluation: keep keys and values over a block's steps; approximate", choices=CACHES)
+    refresh: int = opt(0, "with a cache: compute all keys and values anew every so many steps; 0 = once a block", low=0)
+    threshold: float = opt(0.0, "evaluation: commit every token this sure, in fewer steps; 0 = off", low=0.0, high=1.0)
+    rollout_cache: str = opt("none", "--cache of rollouts, which are then off-policy", choices=CACHES)
     limit: int = opt(0, "test problems, and held-out ones at most; 0 = all, 256 of count or generated ones", low=0)
     bs_eval: int = opt(8, "rows decoded at once", tiny=128, low=1)
     save_steps: int = opt(100, "updates between checkpoints and held-out checks", "official train.yaml", tiny=40, low=1)
@@ -224,13 +232,25 @@ def masked_nelbo(logits: Tensor, x0: Tensor, masked: Tensor, t: Tensor, keep: Te
     cross-entropy of the masked tokens, and "accuracy", the share of them whose argmax is right.
     """
     assert logits.shape[:2] == x0.shape == masked.shape == keep.shape and t.shape == x0.shape[:1]
-    picked, target = logits[masked].float(), x0[masked]  # (N, V), (N,)
-    ce = F.cross_entropy(picked, target, reduction="none")  # (N,)
+    return weighted_nelbo(*token_losses(logits[masked], x0[masked]), masked, t, keep)
+
+def weighted_nelbo(ce: Tensor, hit: Tensor, masked: Tensor, t: Tensor, keep: Tensor) -> tuple[Tensor, Metrics]:
+    """`masked_nelbo` from what `token_losses` says of the N masked tokens: ce (N,), hit (N,) True = argmax is right."""
     weight = (1 / t)[:, None].expand_as(masked)[masked]  # (N,)  1/t = -alpha'_t / (1 - alpha_t)
-    loss = (ce * weight).sum() / (~keep).sum().clamp(min=1)
-    n = max(len(target), 1)
-    hits = (picked.argmax(-1) == target).sum()
-    return loss, {"ce": ce.detach().sum() / n, "accuracy": hits / n}
+    n = max(len(ce), 1)
+    return (ce * weight).sum() / (~keep).sum().clamp(min=1), {"ce": ce.detach().sum() / n, "accuracy": hit.sum() / n}
+
+def token_losses(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each token, and True where its argmax is right: (N, V), (N,) -> (N,) float32, (N,) bool."""
+    return F.cross_entropy(logits.float(), target, reduction="none"), logits.argmax(-1) == target
+
+def chunked_losses(layer: Callable, hidden: Tensor, target: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """`token_losses` of layer(hidden), hidden (N, D), with the logits of `size` tokens in memory at a time."""
+    if len(target) <= size:
+        return token_losses(layer(hidden), target)
+    parts = [checkpoint(lambda h, y: token_losses(layer(h), y), *part, use_reentrant=False, preserve_rng_state=False)
+             for part in zip(hidden.split(size), target.split(size), strict=True)]
+    return torch.cat([ce for ce, _ in parts]), torch.cat([hit for _, hit in parts])
 
 # %% 5. One-step estimator — Sec. 3.1
 def extend_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
@@ -239,18 +259,39 @@ def extend_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
         return None
     return F.pad(attention_mask.bool(), (0, length - attention_mask.shape[1]), value=True)
 
-def guided_logits(model, canvas: Tensor, is_prompt: Tensor, mask_id: int, attention_mask: Tensor | None,
-                  cfg_scale: float) -> Tensor:
-    """Logits of p(. | canvas), with classifier-free guidance if cfg_scale > 0.
+def logits_at(model, ids: Tensor, where: Tensor, attention_mask: Tensor | None = None, compute: Callable | None = None,
+              **options) -> Any:
+    """Logits at the positions `where` (B, L) alone, row by row, (N, V): the output layer, the widest, meets no other.
 
-    canvas (B, L); is_prompt (B, L) True = hidden in the unconditional pass. Returns (B, L, V):
+    compute(layer, hidden (N, D)) may take that layer's place within the model's forward pass; its result is returned.
+    A model that is no transformers model, but has .logits, computes them all.
+    """
+    inner = getattr(model, "module", model)  # what DistributedDataParallel holds
+    if not hasattr(inner, "get_output_embeddings"):
+        return model(ids, attention_mask=attention_mask).logits[where]
+    head, (row, column) = inner.get_output_embeddings(), where.nonzero(as_tuple=True)
+    if getattr(inner.config, "shift_logits", False):  # Dream: those for token k stand at k - 1
+        column = (column - 1).clamp(min=0)
+    layer = head.forward
+    compute = compute or (lambda layer, hidden: layer(hidden))
+    head.forward = lambda hidden: compute(layer, hidden[row, column])  # hidden (B, L, D)
+    try:
+        return model(ids, attention_mask=attention_mask, **options).logits
+    finally:
+        head.forward = layer
+
+def guided_logits(model, canvas: Tensor, where: Tensor, attention_mask: Tensor | None, *, is_prompt: Tensor,
+                  mask_id: int, cfg_scale: float) -> Tensor:
+    """Logits of p(. | canvas) at the positions `where`, with classifier-free guidance if cfg_scale > 0.
+
+    canvas, where (B, L); is_prompt (L,) True = hidden in the unconditional pass. Returns (N, V):
     l_uncond + (cfg_scale + 1) (l_cond - l_uncond), as LLaDA's decoder has it.
     """
     if cfg_scale == 0.0:
-        return model(canvas, attention_mask=attention_mask).logits
+        return logits_at(model, canvas, where, attention_mask)
     both = torch.cat([canvas, torch.where(is_prompt, mask_id, canvas)])  # (2B, L)
     attend = None if attention_mask is None else attention_mask.repeat(2, 1)  # (2B, L)
-    cond, uncond = model(both, attention_mask=attend).logits.chunk(2)  # (B, L, V) each
+    cond, uncond = logits_at(model, both, where.repeat(2, 1), attend).chunk(2)  # (N, V) each
     return uncond + (cfg_scale + 1) * (cond - uncond)
 
 def draw_prompt_mask(real: Tensor, pmask: float, generator: Generator) -> Tensor:
@@ -258,25 +299,42 @@ def draw_prompt_mask(real: Tensor, pmask: float, generator: Generator) -> Tensor
     return (draw_uniform(real.shape, generator, real.device) < pmask) & real
 
 def one_step_logp(model, prompt: Tensor, completion: Tensor, hide: Tensor, mask_id: int,
-                  attention_mask: Tensor | None = None, cfg_scale: float = 0.0) -> Tensor:
+                  attention_mask: Tensor | None = None, cfg_scale: float = 0.0, live: Tensor | None = None) -> Tensor:
     """log phi(o^k | q') for every completion token from one forward pass.   d1 Sec. 3.1
 
         phi(o^k | q') = p_theta(o^k | q' + M...M),   q' = the prompt with `hide` masked,
         log pi(o | q) ~ sum_k log phi(o^k | q')      (mean-field: the tokens given q' independent)
 
     prompt (B, P), left-padded; completion (B, C); hide (B, P) True = masked in q';
-    attention_mask (B, P) or (B, P+C) True = real token, None = all. Returns (B, C) float32, in nats.
-    Exact for one-token completions with nothing hidden; biased otherwise, since token k sees
-    none of the other tokens. Draws nothing: old, ref and new share a mask by sharing `hide` [D3].
+    attention_mask (B, P) or (B, P+C) True = real token, None = all; live (B, C) True = asked for (the others get 0),
+    None = all. Returns (B, C) float32, in nats. Exact for one-token completions with nothing hidden; biased otherwise,
+    since token k sees none of the other tokens. Draws nothing: old, ref and new share a mask by sharing `hide` [D3].
     """
     assert hide.shape == prompt.shape and len(completion) == len(prompt)
-    q = torch.where(hide, mask_id, prompt)  # (B, P)
-    canvas = torch.cat([q, torch.full_like(completion, mask_id)], dim=1)  # (B, P+C)
-    is_prompt = torch.arange(canvas.shape[1], device=canvas.device) < prompt.shape[1]  # (P+C,)
-    attention_mask = extend_mask(attention_mask, canvas.shape[1])
-    logits = guided_logits(model, canvas, is_prompt.expand_as(canvas), mask_id, attention_mask, cfg_scale)
-    logits = logits[:, prompt.shape[1] :].float()  # (B, C, V)
-    return logits.log_softmax(-1).gather(-1, completion[..., None])[..., 0]  # (B, C)
+    (rows, plen), clen = prompt.shape, completion.shape[1]
+    attend = prompt.new_ones(rows, plen + clen) if attention_mask is None else extend_mask(attention_mask, plen + clen)
+    # phi does not depend on o: rows with the same q', such as a group under one prompt mask, are one row of the model
+    same, copy = torch.cat([torch.where(hide, mask_id, prompt), attend], dim=1).unique(dim=0, return_inverse=True)
+    canvas = F.pad(same[:, :plen], (0, clen), value=mask_id)  # (U, P+C) different rows
+    attend = None if attention_mask is None else same[:, plen:].bool()  # (U, P+C)
+    live = torch.ones_like(completion, dtype=torch.bool) if live is None else live
+    wanted = torch.zeros_like(canvas[:, plen:]).index_add(0, copy, live.long()) > 0  # (U, C)
+    is_prompt = torch.arange(plen + clen, device=canvas.device) < plen  # (P+C,)
+    logits = guided_logits(model, canvas, F.pad(wanted, (plen, 0)), attend, is_prompt=is_prompt, mask_id=mask_id,
+                           cfg_scale=cfg_scale).float()  # (N, V)
+    n = (wanted.flatten().cumsum(0) - 1).view_as(wanted)[copy]  # (B, C) which of the N logits is a token's
+    return torch.where(live, logits[n, completion] - logits.logsumexp(-1)[n], 0.0)  # (B, C)
+
+def one_step_logps(model, prompt: Tensor, completion: Tensor, hide: Tensor, mask_id: int, attention_mask=None,
+                   live=None, size: int = 1) -> Tensor:
+    """`one_step_logp` under each of M prompt masks, `size` of them in one forward pass. hide (M, B, P) -> (M, B, C)"""
+    parts = [hide.new_zeros(0, *completion.shape, dtype=torch.float32)]  # of no mask
+    for some in hide.split(size) if len(hide) else ():
+        args = [v if v is None else v.repeat(len(some), 1) for v in (prompt, completion, attention_mask, live)]
+        prompts, completions, attend, alive = args  # (size * B, ...) each
+        logp = one_step_logp(model, prompts, completions, some.flatten(0, 1), mask_id, attend, live=alive)
+        parts.append(logp.view(len(some), *completion.shape))
+    return torch.cat(parts)
 
 # %% 6. diffu-GRPO — Sec. 3.2, Algorithm 1
 def group_advantages(rewards: Tensor, group: int) -> Tensor:
@@ -351,16 +409,20 @@ class Frame:
     new: Tensor  # (B, P+C) bool, True = committed by this step
     block: int
     step: int
+    logp: Tensor  # (B, P+C) log-probability of the new tokens when they were committed, else 0
 
-def check_decoding(gen_length: int, block_length: int, steps: int | None, remasking: str, cache: str) -> None:
+def check_decoding(gen_length: int, block_length: int, steps: int | None, remasking: str, cache: str,
+                   cfg_scale: float) -> None:
     """Raise ValueError with one clear line if the decoder cannot run these values."""
     if gen_length < 1 or block_length < 1 or gen_length % block_length:
         raise ValueError(f"gen_length {gen_length} must be a positive multiple of block_length {block_length}")
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    for name, value, known in ("remasking", remasking, ("low_confidence", "random")), ("cache", cache, ("none",)):
+    for name, value, known in ("remasking", remasking, ("low_confidence", "random")), ("cache", cache, CACHES):
         if value not in known:
             raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {value!r}")
+    if cache != "none" and cfg_scale:
+        raise ValueError(f"cfg_scale needs cache='none', not {cache!r}")
 
 def row_generators(generator, rows: int) -> list[torch.Generator]:
     """One generator a row: the sequence given, or `rows` new ones seeded by one generator's draw."""
@@ -385,91 +447,135 @@ def sample_tokens(logits: Tensor, temperature: float, counts: list[int], generat
     ]).to(logits.device)  # (N, V) -log of it is Gumbel
     return (logits / temperature - noise.log()).argmax(-1)
 
-def score_positions(logits, tokens, remasking, counts, generators) -> Tensor:
-    """Priority of each position: p(token) for low-confidence remasking, else uniform. (N,)"""
-    if remasking == "random":
-        draws = [torch.rand(n, generator=g, device=g.device) for n, g in zip(counts, generators, strict=True)]
-        return torch.cat(draws).to(logits.device)
-    return logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0].exp()
+class BlockCache:
+    """Keys and values kept over a block's steps, as if other tokens did not change them (Fast-dLLM, arXiv 2505.22618).
+
+    "prefix" keeps those before the block, "dual" also those after it. The block's first step computes all of them, and
+    so does every `refresh`-th (0 = the first alone). Approximate: a real key depends on every token of the canvas.
+    """
+
+    def __init__(self, model, cache: str, lo: int, hi: int, length: int, refresh: int):
+        place = torch.arange(length, device=next(model.parameters()).device)
+        kept = (place < lo) | ((place >= hi) & (cache == "dual"))
+        self.model, self.kept, self.fresh = model, place[kept], place[~kept]
+        self.refresh, self.age = refresh, 0  # in steps
+
+    def logits_at(self, ids: Tensor, where: Tensor, attend: Tensor | None, rows: Tensor) -> Tensor:
+        """`logits_at` for the rows numbered `rows`, (N, V); a row once left out does not come back."""
+        if self.age == 0:
+            from transformers import DynamicCache
+            self.past, fresh, keep = DynamicCache(), torch.cat([self.kept, self.fresh]).sort().values, self.kept
+        else:  # attention does not ask in which order keys come: here those kept, then the fresh ones
+            attend = None if attend is None else attend[:, torch.cat([self.kept, self.fresh])]
+            if len(rows) < len(self.rows):
+                self.past.batch_select_indices(torch.isin(self.rows, rows).nonzero()[:, 0])
+            fresh, keep = self.fresh, slice(len(self.kept))
+        logits = logits_at(self.model, ids[:, fresh], where[:, fresh], attend, position_ids=fresh[None],
+                           past_key_values=self.past, use_cache=True)
+        for layer in self.past.layers:
+            layer.keys, layer.values = layer.keys[:, :, keep], layer.values[:, :, keep]
+        self.age, self.rows = (self.age + 1) % (self.refresh or len(ids[0])), rows
+        return logits
 
 @torch.no_grad()
-def denoise_step(model, x, lo, hi, quota, *, prompt_len, mask_id, attend, temperature, cfg_scale, remasking, threshold,
-                 generators) -> tuple[Tensor, Tensor]:
-    """Commit some of the block's masked tokens; `quota` a row, or all above `threshold`. -> new (B, L)
+def denoise_step(x: Tensor, attend: Tensor | None, lo: int, hi: int, logits_of: Callable, quota: int, *, mask_id: int,
+                 temperature: float, remasking: str, threshold: float | None,
+                 generators) -> tuple[Tensor, Tensor, Tensor]:
+    """Commit some of the block's masked tokens; `quota` a row, or all above `threshold`.
 
-    x (B, L) canvas; lo, hi the block's bounds; attend (B, L) True = real token. Returns (x', new).
+    x (B, L) canvas; attend (B, L) True = real token; lo, hi the block's bounds; logits_of(x, where, attend) -> (N, V).
+    Returns x', new, logp as in `Frame`.
     """
-    is_prompt = (torch.arange(x.shape[1], device=x.device) < prompt_len).expand_as(x)  # (B, L)
-    logits = guided_logits(model, x, is_prompt, mask_id, attend, cfg_scale)[:, lo:hi]  # (B, K, V)
-    open_ = x[:, lo:hi] == mask_id  # (B, K) True = may be committed
+    where = torch.zeros_like(x, dtype=torch.bool)
+    where[:, lo:hi] = open_ = x[:, lo:hi] == mask_id  # (B, K) True = may be committed
     counts = open_.sum(1).tolist()
-    logits = logits[open_].float()  # (N, V) only where a token can be committed
+    logits = logits_of(x, where, attend).float()  # (N, V) only where a token can be committed
     # [D17] a predicted [MASK] stays masked in the official decoder. here: it is never drawn; the
     #       confidence keeps its share of the mass, so greedy order is the official one.
     allowed = logits.index_fill(-1, torch.tensor([mask_id], device=x.device), -math.inf)
     tokens = sample_tokens(allowed, temperature, counts, generators)  # (N,)
-    score = torch.full(open_.shape, -math.inf, device=x.device)  # (B, K)
-    score[open_] = score_positions(logits, tokens, remasking, counts, generators)
+    chosen = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)  # (N,) log p(token)
+    score = torch.full(open_.shape, -math.inf, device=x.device)  # (B, K) priority: p(token), or uniform
+    if remasking == "random":
+        draws = [torch.rand(n, generator=g, device=g.device) for n, g in zip(counts, generators, strict=True)]
+        score[open_] = torch.cat(draws).to(x.device)
+    else:
+        score[open_] = chosen.exp()
     if threshold is None:
         top = score.topk(min(quota, score.shape[1]), dim=1).indices  # (B, quota)
         commit = torch.zeros_like(open_).scatter(1, top, True) & open_
     else:  # every position above the threshold, and always the best one, so that it ends
         best = F.one_hot(score.argmax(1), score.shape[1]).bool()
         commit = ((score > threshold) | best) & open_
-    proposal = torch.full_like(x[:, lo:hi], mask_id)
-    proposal[open_] = tokens
-    new = torch.zeros_like(x, dtype=torch.bool)
+    ids, new, logp = x.clone(), torch.zeros_like(where), torch.zeros(x.shape, device=x.device)  # (B, L) each
     new[:, lo:hi] = commit
-    return torch.cat([x[:, :lo], torch.where(commit, proposal, x[:, lo:hi]), x[:, hi:]], dim=1), new
+    ids[new], logp[new] = tokens[commit[open_]], chosen[commit[open_]]
+    return ids, new, logp
 
 def diffuse_steps(model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor | None = None, gen_length: int = 256,
                   block_length: int = 32, steps: int | None = None, temperature: float = 0.0, cfg_scale: float = 0.0,
                   remasking: str = "low_confidence", threshold: float | None = None, cache: str = "none",
-                  eos_id: int | None = None, stop_at_eos: bool = False, generator=None) -> Iterator[Frame]:
+                  refresh: int = 0, eos_id: int | None = None, stop_at_eos: bool = False,
+                  generator=None) -> Iterator[Frame]:
     """Denoise block by block, left to right; yield one Frame per step. No autograd, no printing.
 
     prompt (B, P), left-padded; attention_mask (B, P) True = real token: a prompt alone or in a padded batch gives the
     same tokens [D4]. steps None = gen_length/2, two tokens a step; n masked tokens over s steps are n // s each and
     one more in the first n % s. temperature 0 is greedy. With stop_at_eos a row leaves the batch once a finished
     block of it holds EOS and the rest becomes EOS, which changes nothing up to its first EOS. generator: one
-    torch.Generator, from which a seed a row is drawn, or a sequence of one a row.
+    torch.Generator, from which a seed a row is drawn, or a sequence of one a row. Approximate, for speed: threshold
+    commits every token above it, in fewer steps; cache and refresh are those of `BlockCache`.
     """
-    check_decoding(gen_length, block_length, steps, remasking, cache)
+    check_decoding(gen_length, block_length, steps, remasking, cache, cfg_scale)
     if stop_at_eos and eos_id is None:
         raise ValueError("stop_at_eos needs eos_id")
-    (rows, plen), blocks = prompt.shape, gen_length // block_length
+    (count, plen), blocks = prompt.shape, gen_length // block_length
     steps_per_block = max(1, (gen_length // 2 if steps is None else steps) // blocks)
-    generators = row_generators(generator, rows) if temperature > 0 or remasking == "random" else [None] * rows
+    generators = row_generators(generator, count) if temperature > 0 or remasking == "random" else [None] * count
     x = F.pad(prompt, (0, gen_length), value=mask_id)  # (B, P+C) a new tensor
+    is_prompt = torch.arange(x.shape[1], device=x.device) < plen  # (P+C,)
     # [D4] official attends to left padding (diffu_grpo_trainer.py:396), which changes replies. here: never.
     attend = extend_mask(attention_mask, x.shape[1])
-    active = torch.arange(rows, device=x.device)  # rows still being written
+    active = torch.arange(count, device=x.device)  # rows still being written
     for b in range(blocks):
         lo, hi, step = plen + b * block_length, plen + (b + 1) * block_length, 0
-        while (left := int((x[active, lo:hi] == mask_id).sum(1).max())) > 0:
+        kept = None if cache == "none" else BlockCache(model, cache, lo, hi, x.shape[1], refresh)
+        while len(rows := active[(x[active, lo:hi] == mask_id).any(1)]):
+            logits_of = functools.partial(kept.logits_at, rows=rows) if kept else functools.partial(
+                guided_logits, model, is_prompt=is_prompt, mask_id=mask_id, cfg_scale=cfg_scale)
+            left = int((x[rows, lo:hi] == mask_id).sum(1).max())
             quota = -(-left // max(steps_per_block - step, 1))  # the ceiling spreads the remainder first
-            part, new_part = denoise_step(
-                model, x[active], lo, hi, quota, mask_id=mask_id, attend=None if attend is None else attend[active],
-                temperature=temperature, cfg_scale=cfg_scale, remasking=remasking, threshold=threshold,
-                prompt_len=plen, generators=[generators[i] for i in active.tolist()])
-            x = x.index_copy(0, active, part)
-            new = torch.zeros_like(x, dtype=torch.bool).index_copy(0, active, new_part)
-            yield Frame(x, new, b, step)
+            ids, new, logp = denoise_step(
+                x[rows], None if attend is None else attend[rows], lo, hi, logits_of, quota, mask_id=mask_id,
+                temperature=temperature, remasking=remasking, threshold=threshold,
+                generators=[generators[i] for i in rows.tolist()])
+            x = x.index_copy(0, rows, ids)
+            whole = torch.zeros_like(x, dtype=logp.dtype)  # (B, P+C)
+            yield Frame(x, whole.bool().index_copy(0, rows, new), b, step, whole.index_copy(0, rows, logp))
             step += 1
         if stop_at_eos:
             active = active[(x[active, lo:hi] != eos_id).all(1)]
             if len(active) == 0:
                 break
-    if stop_at_eos and bool((x == mask_id)[:, plen:].any()):
-        new = x == mask_id
-        new[:, :plen] = False
-        yield Frame(torch.where(new, eos_id, x), new, blocks - 1, steps_per_block)
+    if stop_at_eos and bool((rest := x == mask_id)[:, plen:].any()):
+        rest[:, :plen] = False
+        yield Frame(torch.where(rest, eos_id, x), rest, blocks - 1, steps_per_block, torch.zeros_like(whole))
 
 def diffuse_decode(model, prompt: Tensor, *, mask_id: int, **options) -> Tensor:
     """Write a reply to each prompt: `diffuse_steps`, drained. Same options. Returns (B, P+C)."""
     for frame in diffuse_steps(model, prompt, mask_id=mask_id, **options):
         ids = frame.ids
     return ids
+
+@torch.no_grad()
+def cache_error(model, frames: Iterable[Frame], mask_id: int, attention_mask: Tensor | None) -> float:
+    """Mean |log p with the cache - log p without| of what each block's last step, the stalest, committed; in nats."""
+    errors = []
+    for frame in {f.block: f for f in frames if bool(f.logp.any())}.values():  # the last of each block
+        before = torch.where(frame.new, mask_id, frame.ids)  # (B, P+C)
+        logits = logits_at(model, before, frame.new, extend_mask(attention_mask, before.shape[1]))  # (N, V)
+        errors.append((token_losses(logits, frame.ids[frame.new])[0] + frame.logp[frame.new]).abs())  # (N,)
+    return torch.cat(errors).mean().item()
 
 # %% 8. Models — LLaDA as a bidirectional Llama, Dream, masked LMs, any causal model; no remote code
 ALIASES = {"llada/llada-8b-instruct": "GSAI-ML/LLaDA-8B-Instruct"}
@@ -656,7 +762,8 @@ def check_positions(model, length: int) -> None:
 
 def shift_logits(module, args, output):
     """Forward hook: Dream's logits for token k stand at k - 1; move them to k, where LLaDA's are."""
-    output.logits = torch.cat([output.logits[:, :1], output.logits[:, :-1]], dim=1)  # (B, L, V)
+    if getattr(output.logits, "ndim", 0) == 3:  # (B, L, V); else `logits_at` has seen to it
+        output.logits = torch.cat([output.logits[:, :1], output.logits[:, :-1]], dim=1)
     return output
 
 def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto", device=None, seed=0):
@@ -1378,6 +1485,10 @@ class Stage:
         """Learning rate of the current step."""
         return self.lr
 
+    def rows_of_logits(self) -> int:
+        """How many tokens' logits, in fp32, --logits_gib holds."""
+        return max(1, int(self.cfg.logits_gib * 2**28) // self.model.config.vocab_size)
+
     def backward(self, loss: Tensor, share: float = 1.0) -> None:
         """Accumulate the gradient of share * loss; NonFiniteLoss if the loss is no number."""
         if not torch.isfinite(loss):
@@ -1474,8 +1585,10 @@ class MaskedSFT(Stage):
         xt, masked = forward_process(x0, t, keep, self.tokenizer.mask_token_id, generator)
         share = (~keep[mine]).sum() / (~keep).sum()
         x0, t, keep, xt, masked = (v[mine].to(self.device) for v in (x0, t, keep, xt, masked))
+        def losses(layer, hidden):
+            return chunked_losses(layer, hidden, x0[masked], self.rows_of_logits())
         with precision(self.device), self.dropout_from(*key, mine.start):
-            loss, metrics = masked_nelbo(self.net(xt).logits, x0, masked, t, keep)
+            loss, metrics = weighted_nelbo(*logits_at(self.net, xt, masked, compute=losses), masked, t, keep)
         return loss * share.item(), metrics
 
     def update(self) -> dict[str, float]:
@@ -1510,9 +1623,9 @@ class Rollout:
     rewards: Tensor  # (B,)
     advantages: Tensor  # (B,)
     hide: Tensor  # (mu, B, P) bool, True = masked in q'
-    logp_old: list[Tensor]  # mu of (B, C)
+    logp_old: list[Tensor | None]  # mu of (B, C); None for the first
     logp_ref: list[Tensor]  # mu of (B, C); empty if beta is 0
-    parts: dict[str, float]  # mean of each reward part, share of prompts cut
+    parts: dict[str, float]  # mean of each reward part, share of prompts cut, error of the cache
 
 class DiffuGRPO(Stage):
     """Stage 2: policy gradient with one-step log-probabilities.   d1 Algorithm 1, Sec. 3.2
@@ -1557,11 +1670,12 @@ class DiffuGRPO(Stage):
         prompts = [p[-cfg.max_prompt :] for p in encoded for _ in range(cfg.group)]
         prompt, real = pad_left(prompts, tok.pad_token_id, self.device)  # (B, P)
         rows = range(micro * cfg.bs_rl, (micro + 1) * cfg.bs_rl)  # global numbers, which key the random streams
-        ids = diffuse_decode(
+        frames = list(diffuse_steps(
             self.model, prompt, mask_id=tok.mask_token_id, attention_mask=real, gen_length=cfg.gen_length,
             block_length=cfg.block_length, steps=cfg.diffusion_steps or None, temperature=cfg.temperature,
-            eos_id=tok.eos_token_id, stop_at_eos=True, generator=[stream(cfg.seed, "rollout", i) for i in rows])
-        completion = ids[:, prompt.shape[1] :]  # (B, C)
+            cache=cfg.rollout_cache, refresh=cfg.refresh, eos_id=tok.eos_token_id, stop_at_eos=True,
+            generator=[stream(cfg.seed, "rollout", i) for i in rows]))
+        completion = frames[-1].ids[:, prompt.shape[1] :]  # (B, C)
         texts = reply_texts(tok, completion)
         scores = self.reward(texts, examples)
         rewards = torch.tensor([sum(s.values()) for s in scores], device=self.device)  # (B,)
@@ -1571,17 +1685,21 @@ class DiffuGRPO(Stage):
         hide = torch.zeros(cfg.mu, *real.shape, dtype=torch.bool, device=self.device)  # (mu, B, P)
         for b, i in enumerate(rows):
             tokens = torch.ones(cfg.mu, len(prompts[b]), dtype=torch.bool)
-            hide[:, b, -len(prompts[b]) :] = draw_prompt_mask(tokens, cfg.pmask, stream(cfg.seed, "hide", i))
-        # [D9] official runs all mu masks in one forward, 7.7 GiB of logits at 8B. here: one at a time, same numbers.
-        logp_old = [one_step_logp(self.model, prompt, completion, h, tok.mask_token_id, real) for h in hide]
-        logp_ref = []
+            drawn_for = i if cfg.preset == "official" else i // cfg.group
+            hide[:, b, -len(prompts[b]) :] = draw_prompt_mask(tokens, cfg.pmask, stream(cfg.seed, "hide", drawn_for))
+        # [D9] official runs all mu masks in one forward, 7.7 GiB of logits at 8B. here: as many as --logits_gib holds.
+        live, advantages = live_tokens(completion, tok.eos_token_id), group_advantages(rewards, cfg.group)
+        size = max(1, self.rows_of_logits() // completion.numel())
+        def logps(model, hide):
+            return list(one_step_logps(model, prompt, completion, hide, tok.mask_token_id, real, live, size))
+        logp_old, logp_ref = [None, *logps(self.model, hide[1:])], []  # the first update starts from the old policy
         if cfg.beta:
             with self.reference() as ref:
-                logp_ref = [one_step_logp(ref, prompt, completion, h, tok.mask_token_id, real) for h in hide]
-        parts = {f"reward/{k}": sum(s[k] for s in scores) / len(scores) for k in scores[0]}
-        live, advantages = live_tokens(completion, tok.eos_token_id), group_advantages(rewards, cfg.group)
-        return Rollout(prompt, real, completion, live, rewards, advantages, hide, logp_old, logp_ref,
-                       {**parts, "prompts_cut": cut})
+                logp_ref = logps(ref, hide)
+        parts = {f"reward/{k}": sum(s[k] for s in scores) / len(scores) for k in scores[0]} | {"prompts_cut": cut}
+        if cfg.rollout_cache != "none":
+            parts["cache_error"] = cache_error(self.model, frames, tok.mask_token_id, real)
+        return Rollout(prompt, real, completion, live, rewards, advantages, hide, logp_old, logp_ref, parts)
 
     def update(self) -> dict[str, float]:
         """Algorithm 1, lines 7 to 11: inner update k on its own prompt mask."""
@@ -1594,7 +1712,8 @@ class DiffuGRPO(Stage):
         rows = []
         for r in self.batch:
             with self.part(last=r is self.batch[-1]), precision(self.device):
-                logp = one_step_logp(self.net, r.prompt, r.completion, r.hide[k], self.tokenizer.mask_token_id, r.real)
+                logp = one_step_logp(self.net, r.prompt, r.completion, r.hide[k], self.tokenizer.mask_token_id, r.real,
+                                     live=r.live)
                 loss, metrics = diffu_grpo_loss(
                     logp, r.logp_old[k], r.logp_ref[k] if r.logp_ref else None, r.advantages, r.live,
                     eps=self.cfg.eps, beta=self.cfg.beta, norm=self.cfg.norm)
@@ -1607,6 +1726,9 @@ class DiffuGRPO(Stage):
     def check(self, screen: Screen) -> dict[str, float]:
         """Score held-out problems; remember the best weights so far."""
         screen.say(f"  sample: {self.sample}")
+        if self.cfg.rollout_cache != "none":
+            error = sum(r.parts["cache_error"] for r in self.batch) / len(self.batch)
+            screen.say(f"  warning: off-policy rollouts: --rollout_cache changed a token's log p by {error:.3f} nats")
         if self.heldout is None:
             return {}
         # [D18] official picks its best checkpoint on the test set. here: on held-out training data.
@@ -1701,6 +1823,7 @@ def generate(model, tokenizer, prompts: list[list[int]], cfg: Settings, gen_leng
         ids, real = pad_left([prompts[i] for i in chosen], tokenizer.pad_token_id, device)
         with precision(device):
             out = diffuse_decode(model, ids, attention_mask=real, gen_length=gen_length, block_length=cfg.block_length,
+                                 cache=cfg.cache, refresh=cfg.refresh, threshold=cfg.threshold or None,
                                  mask_id=tokenizer.mask_token_id, eos_id=tokenizer.eos_token_id, stop_at_eos=True)
         completion = out[:, ids.shape[1] :]  # (B, C)
         ended = (completion == tokenizer.eos_token_id).any(1)  # (B,)
@@ -1721,7 +1844,8 @@ def entry_of(task: Task, row: str, gen_length: int, records: list[dict], example
         **score, "official": sum(g.score for g in official) / n,
         "answered": sum(g.answer is not None for g in grades) / n,
         **{k: sum(r[k] for r in records) / n for k in ("effective_tokens", "ended")},
-        "model": cfg.model, "seed": cfg.seed, "limit": cfg.limit, "data": cfg.data}
+        "model": cfg.model, "seed": cfg.seed, "limit": cfg.limit, "data": cfg.data,
+        "cache": cfg.cache, "threshold": cfg.threshold}
 
 def finished_replies(path: Path, stamp: str) -> dict[int, dict]:
     """Replies to the same prompts by the same weights that an earlier evaluation left, whole or stopped, by number."""
@@ -1737,13 +1861,14 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
     prompts, cut = evaluation_prompts(tokenizer, task, examples, cfg)
     if cut:
         screen.say(f"{cut} of {len(prompts)} prompts are over --max_prompt {cfg.max_prompt}: cut on the left")
+    how = [cfg.block_length, cfg.cache, cfg.refresh, cfg.threshold]
     weights = [p.sum(dtype=torch.float32).item() for p in model.parameters()]
     weights += [m.scaling for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]  # LoRA's alpha
     label, rank, entries = row + (f"_{Path(cfg.data).stem}" if cfg.data else ""), processes().process_index, []
     for length in cfg.lengths():
         began = time.perf_counter()
         path = out / "generations" / f"{task.official_name}_{label}_{length}_{length // 2}_0_generations.json"
-        stamp = hashlib.sha256(repr((weights, prompts, length, cfg.block_length)).encode()).hexdigest()[:16]
+        stamp = hashlib.sha256(repr((weights, prompts, length, how)).encode()).hexdigest()[:16]
         (parts := path.with_suffix(".parts")).mkdir(parents=True, exist_ok=True)  # a file a process
         done, mine = broadcast_object_list([finished_replies(path, stamp)])[0], {}  # the main process's, for all
         screen.start(f"eval {row} {length}", len(prompts), len(done))
@@ -1985,6 +2110,8 @@ def results_table(screen: Screen, entries: list[dict], cfg: Settings) -> None:
                 shares = (f"{scale * e[score]:.1f}         " if score in e else "-" for e in made.values())
                 rows.append(["", score, *shares, ""])
     title = "Accuracy, %: strict grading, greedy, 95 % Wilson interval"
+    approximate = cfg.cache != "none" or cfg.threshold > 0
+    title += f"; approximate decoding: cache {cfg.cache}, threshold {cfg.threshold}" * approximate
     title += "; stand-in = generated problems, not the benchmark" * bool(standin)
     screen.table(title, ["task", "row", *(f"length {n}" for n in lengths), "n"], rows)
 
@@ -2240,6 +2367,13 @@ def open_model(cfg: Settings, screen: Screen):
         raise UserError(f"--export llada needs LLaDA's network, a plain Llama; this model is another, {c.model_type}")
     if trains_all and hasattr(model, "peft_config"):
         model = model.merge_and_unload().requires_grad_(True)
+    if (cfg.cache, cfg.rollout_cache) != ("none", "none") and not model.can_generate():
+        raise UserError(f"--cache and --rollout_cache: {c.model_type} keeps no keys and values; leave them out")
+    if cfg.compile:  # block by block: a small graph that serves all of them, and the output layer stays free
+        with refusing("--compile does not work here"):
+            torch.compile(torch.sin)(torch.zeros(1))
+        for block in max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len):
+            block.compile(dynamic=True)
     if cfg.grad_checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not t) for t in (False, True))

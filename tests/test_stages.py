@@ -181,7 +181,17 @@ def test_each_inner_update_has_its_own_prompt_mask(tiny, quick, tmp_path):
         for k, h in enumerate(b.hide):
             args = (b.prompt, b.completion, h, stage.tokenizer.mask_token_id, b.real)
             with torch.no_grad():
-                assert torch.equal(b.logp_old[k], d1.one_step_logp(stage.model, *args))
+                logp = d1.one_step_logp(stage.model, *args) * b.live
+            assert b.logp_old[0] is None and torch.allclose(b.logp_ref[k], logp, atol=1e-5)
+            assert k == 0 or torch.allclose(b.logp_old[k], logp, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["auto", "official"])
+def test_a_group_shares_its_prompt_masks_but_for_the_official_preset(preset, tiny, quick, tmp_path):
+    b = grpo(quick(mu=3, bs_rl=4, pmask=0.5, preset=preset, beta=0.0), tiny, tmp_path).draw(0)
+    shared = [torch.equal(b.hide[:, i], b.hide[:, i + 1]) for i in (0, 2)]
+    assert shared == [preset == "auto"] * 2
+    assert not torch.equal(b.hide[:, 1], b.hide[:, 2]) and not torch.equal(b.hide[0], b.hide[1])
 
 
 def test_groups_are_of_one_prompt_and_completions_differ(tiny, quick, tmp_path):

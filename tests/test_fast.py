@@ -1,0 +1,206 @@
+"""The savings: exact ones change no number, approximate ones are exact where theory says so."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import MASK, ToyModel
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import d1_full as d1
+
+SIZES = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=50)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def build(kind="llama", layers=2):
+    torch.manual_seed(0)
+    wide = dict(initializer_range=0.2)  # at the usual .02 attention hardly matters
+    more = dict(num_hidden_layers=layers, num_key_value_heads=2, is_causal=False, use_cache=False)
+    if kind == "bert":
+        return BertForMaskedLM(BertConfig(**SIZES, **wide, num_hidden_layers=layers)).eval()
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(**SIZES, **wide, **more)).eval()
+    more |= dict(tie_word_embeddings=True, shift_logits=kind == "dream")
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, **wide, **more)).eval()
+    if kind == "dream":
+        model.register_forward_hook(d1.shift_logits)
+    return model
+
+
+def padded(rows=3, length=7):
+    ids, real = torch.randint(1, 50, (rows, length), generator=rng()), torch.ones(rows, length, dtype=torch.bool)
+    real[1, :3] = False
+    return ids, real
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "qwen", "dream", "lora", "toy"])
+def test_logits_of_some_positions_are_those_of_all(kind):
+    model = ToyModel(7, 50) if kind == "toy" else build("llama" if kind == "lora" else kind)
+    model = d1.adapt_with_lora(model, 2, 4) if kind == "lora" else model
+    ids, real = padded()
+    where = torch.rand(ids.shape, generator=rng(2)) < 0.4
+    where[:, 0] = True  # the first position has no left neighbour to take Dream's logits from
+    full = model(ids, attention_mask=real).logits
+    some = d1.logits_at(model, ids, where, real)
+    assert some.shape == (int(where.sum()), 50) and torch.allclose(some, full[where], atol=1e-6)
+    assert torch.equal(model(ids, attention_mask=real).logits, full)  # the layer is as it was
+    (full[where].square().sum() - some.square().sum()).backward()
+    assert max(p.grad.abs().max() for p in model.parameters() if p.grad is not None) < 1e-3
+
+
+def test_the_output_layer_is_whole_again_after_an_error():
+    model = build()
+    ids, real = padded()
+    want = model(ids).logits
+    with pytest.raises(ZeroDivisionError):
+        d1.logits_at(model, ids, real, compute=lambda layer, hidden: 1 / 0)
+    assert torch.equal(model(ids).logits, want)
+
+
+@pytest.mark.parametrize("size", [1, 5, 100])
+def test_chunked_losses_and_their_gradients_are_the_plain_ones(size):
+    layer = torch.nn.Linear(8, 20)
+    hidden, target = torch.randn(12, 8, generator=rng()), torch.randint(20, (12,), generator=rng())
+    weight, grads = torch.rand(12, generator=rng(3)), []
+    for compute in (lambda h: d1.chunked_losses(layer, h, target, size), lambda h: d1.token_losses(layer(h), target)):
+        h = hidden.clone().requires_grad_()
+        ce, hit = compute(h)
+        layer.zero_grad()
+        (ce * weight).sum().backward()
+        grads.append((ce.detach(), hit, h.grad, layer.weight.grad.clone()))
+    assert torch.equal(grads[0][1], grads[1][1])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True) if a.dtype != torch.bool)
+
+
+def test_chunked_losses_hold_few_logits(monkeypatch):
+    seen = []
+    monkeypatch.setattr(d1, "token_losses", lambda logits, y: seen.append(len(logits)) or (logits.sum(1), y > 0))
+    d1.chunked_losses(torch.nn.Linear(4, 9), torch.randn(7, 4), torch.zeros(7, dtype=torch.long), 3)
+    assert seen == [3, 3, 1]
+
+
+@pytest.mark.parametrize("masks", ["shared", "own", "none"])
+@pytest.mark.parametrize("padding", [True, False])
+def test_rows_of_one_prompt_mask_are_computed_once_with_the_same_result(masks, padding):
+    model = build()
+    prompt, real = (v.repeat_interleave(4, 0) for v in padded())
+    real = real if padding else None
+    completion = torch.randint(1, 50, (12, 5), generator=rng(4))
+    hide = torch.rand((3, 7) if masks == "shared" else (12, 7), generator=rng(5)) < (masks != "none") * 0.5
+    hide = hide.repeat_interleave(4, 0) if masks == "shared" else hide
+    q = torch.cat([torch.where(hide, MASK, prompt), torch.full((12, 5), MASK)], 1)
+    logits = model(q, attention_mask=d1.extend_mask(real, 12)).logits[:, 7:]
+    want = logits.log_softmax(-1).gather(-1, completion[..., None])[..., 0]
+    rows = []
+    model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    got = d1.one_step_logp(model, prompt, completion, hide, MASK, real)
+    assert torch.allclose(got, want, atol=1e-5)
+    assert rows == ([12] if masks == "own" else [3])
+    live = torch.rand(completion.shape, generator=rng(6)) < 0.5
+    some = d1.one_step_logp(model, prompt, completion, hide, MASK, real, live=live)
+    assert torch.allclose(some, want * live, atol=1e-5)
+    grads = [torch.autograd.grad((v * live).square().sum(), model.parameters()) for v in (want, some)]
+    assert all((a - b).abs().max() < 1e-5 * a.abs().max() for a, b in zip(*grads, strict=True))
+
+
+def test_many_masks_in_one_pass_or_one_by_one():
+    model = build()
+    prompt, real = padded()
+    completion, live = torch.randint(1, 50, (3, 5), generator=rng(4)), torch.rand(3, 5, generator=rng(1)) < 0.7
+    hide = torch.rand(5, 3, 7, generator=rng(5)) < 0.3
+    with torch.no_grad():
+        want = torch.stack([d1.one_step_logp(model, prompt, completion, h, MASK, real, live=live) for h in hide])
+        for size in (1, 2, 5, 9):
+            got = d1.one_step_logps(model, prompt, completion, hide, MASK, real, live, size)
+            assert torch.allclose(got, want, atol=1e-5)
+        assert d1.one_step_logps(model, prompt, completion, hide[:0], MASK).shape == (0, 3, 5)
+
+
+WAYS = [{}, dict(temperature=0.9), dict(threshold=0.4), dict(steps=32), dict(remasking="random"),
+        dict(stop_at_eos=True, eos_id=5, temperature=2.0)]
+
+
+def decode(model, **options):
+    prompt, real = padded()
+    return d1.diffuse_decode(model, prompt, mask_id=MASK, attention_mask=real, gen_length=32, block_length=8,
+                             generator=rng(1), **options)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_cache_is_exact_where_keys_do_not_depend_on_other_tokens_or_are_always_new(cache, way):
+    """In one layer they come from a token alone, so those of tokens that stay are right; refresh 1 keeps nothing."""
+    assert torch.equal(decode(build(layers=1), cache=cache, **way), decode(build(layers=1), **way))
+    assert torch.equal(decode(build(layers=3), cache=cache, refresh=1, **way), decode(build(layers=3), **way))
+
+
+@pytest.mark.parametrize(("cache", "refresh", "fed"), [
+    ("none", 0, [39] * 16), ("prefix", 0, [39, 32, 32, 32, 39, 24, 24, 24, 39, 16, 16, 16, 39, 8, 8, 8]),
+    ("dual", 0, [39, 8, 8, 8] * 4), ("dual", 2, [39, 8] * 8)])
+def test_what_a_cache_computes(cache, refresh, fed):
+    model, lengths = build(), []
+    model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    decode(model, cache=cache, refresh=refresh)
+    assert lengths == fed
+
+
+def test_a_row_that_has_filled_its_block_waits_outside_the_batch():
+    model, rows = build(), []
+    model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    for cache in ("none", "dual"):
+        rows.clear()
+        decode(model, threshold=0.4, cache=cache)
+        assert set(rows) == {1, 2, 3}
+
+
+def test_the_log_probabilities_in_the_frames_and_the_error_of_a_cache():
+    model, (prompt, real) = build(layers=3), padded()
+    how = dict(mask_id=MASK, attention_mask=real, gen_length=32, block_length=8)
+    frames = list(d1.diffuse_steps(model, prompt, **how))
+    before = torch.nn.functional.pad(prompt, (0, 32), value=MASK)
+    for f in frames:
+        logp = model(before, attention_mask=d1.extend_mask(real, 39)).logits.log_softmax(-1)
+        assert torch.allclose(f.logp, logp.gather(-1, f.ids[..., None])[..., 0] * f.new, atol=1e-5)
+        before = f.ids
+    assert d1.cache_error(model, frames, MASK, real) < 1e-5
+    assert d1.cache_error(model, list(d1.diffuse_steps(model, prompt, cache="dual", **how)), MASK, real) > 1e-5
+
+
+def test_a_cache_without_the_means_is_refused(tmp_path, capsys):
+    with pytest.raises(ValueError, match="cfg_scale"):
+        decode(build(), cache="dual", cfg_scale=1.0)
+    with pytest.raises(ValueError, match="cache"):
+        decode(build(), cache="magic")
+
+
+def test_rollout_cache_warns_and_logs_how_far_off_policy_rollouts_are(quick, tmp_path, capsys):
+    flags = "--task sudoku --skip_sft --steps_rl 4 --mu 2 --group 2 --bs_rl 4 --save_steps 2 --limit 4 --skip_eval"
+    assert d1.main([*flags.split(), "--rollout_cache", "dual", "--output_dir", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "sudoku" / "metrics.jsonl").read_text().splitlines()]
+    assert all(r["cache_error"] > 0 for r in rows if "loss" in r)
+    assert "off-policy" in capsys.readouterr().out
+
+
+def test_evaluation_with_a_cache_and_a_threshold_says_so(tmp_path, capsys):
+    flags = "--task sudoku --eval_only --limit 2 --eval_lengths 32 --cache dual --threshold 0.9 --output_dir"
+    assert d1.main([*flags.split(), str(tmp_path)]) == 0
+    assert "approximate decoding: cache dual, threshold 0.9" in " ".join(capsys.readouterr().out.split())
+    entry = json.loads((tmp_path / "sudoku" / "eval.json").read_text())[0]
+    assert entry["cache"] == "dual" and entry["threshold"] == 0.9
+
+
+def test_compiled_blocks_compute_the_same(tiny, monkeypatch):
+    ids, compiler = torch.randint(1, 200, (2, 12), generator=rng()), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, **{**how, "backend": "eager"}))  # in no time
+    cfg = d1.settle({k: (v, "test") for k, v in dict(task="sudoku", compile=True).items()})[0]
+    model, _ = d1.open_model(cfg, d1.Screen())
+    assert all(layer._compiled_call_impl is not None for layer in model.model.layers)
+    plain = copy.deepcopy(tiny[0])
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-5)
