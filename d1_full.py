@@ -569,21 +569,16 @@ def read_json(path: Path) -> dict:
     with refusing(f"cannot read {path}"):
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
-def resolve_checkpoint(name: str) -> str:
-    """The folder or hub id behind a --model value. UserError if it looks like a path and is none."""
+def resolve_checkpoint(name: str) -> tuple[str, str]:
+    """The folder or hub id behind a --model value, and the one with its weights: an adapter's base, else the same."""
     name = ALIASES.get(name.lower(), name)
     if Path(name).is_dir():
         if not (Path(name, "config.json").exists() or Path(name, "adapter_config.json").exists()):
             raise UserError(f"{name} holds no model: neither config.json nor adapter_config.json is there")
     elif name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.is_dir():
         raise UserError(f"--model {name}: no such folder; give tiny, a hub id (owner/name) or a checkpoint")
-    return name
-
-def base_of(name: str) -> str:
-    """The checkpoint that holds the weights: an adapter's base, else the one named."""
-    name = resolve_checkpoint(name)
     adapter = read_json(Path(name, "adapter_config.json"))
-    return resolve_checkpoint(str(adapter.get("base_model_name_or_path"))) if adapter else name
+    return name, (resolve_checkpoint(str(adapter.get("base_model_name_or_path")))[0] if adapter else name)
 
 def read_config(name: str) -> dict:
     """config.json of a folder or hub id, as a dict."""
@@ -674,7 +669,7 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
         tokenizer = build_tokenizer()
         model = tiny_model(tokenizer, seed).to(device)
         return (adapt_with_lora(model, *lora, seed=seed) if lora else model), tokenizer
-    name, base = resolve_checkpoint(name), base_of(name)
+    name, base = resolve_checkpoint(name)
     raw = read_config(base)
     model = load_weights(base, raw, dtype, load_4bit, attn, device)
     plain = {"llada": transformers.PreTrainedTokenizerFast, "Dream": transformers.Qwen2Tokenizer}  # no code of theirs
@@ -735,11 +730,9 @@ def turn_end(tokenizer) -> list[int]:
     return [i for i in first if i in special and i != tokenizer.eos_token_id] + [tokenizer.eos_token_id]
 
 def encode_example(tokenizer, messages: list[dict], reply: str) -> tuple[list[int], int]:
-    """Prompt + reply + end of turn as ids, and the prompt's length.
-
-    [D16] official counts one header and newline too many into the prompt, which can leave the
-    reply's first token untrained. Here the two parts are encoded apart, so the border is exact.
-    """
+    """Prompt + reply + end of turn as ids, and the prompt's length."""
+    # [D16] official counts one header and newline too many into the prompt, which can leave the reply's first token
+    #       untrained. here: the two parts are encoded apart, so the border is exact.
     prompt = encode_prompt(tokenizer, messages)
     return prompt + tokenizer.encode(reply, add_special_tokens=False) + turn_end(tokenizer), len(prompt)
 
@@ -752,8 +745,7 @@ def pad_left(rows: list[list[int]], pad_id: int, device=None) -> tuple[Tensor, T
 
 def reply_texts(tokenizer, completion: Tensor) -> list[str]:
     """The reply of each row up to its first EOS, as text. completion (B, C)."""
-    rows = completion.tolist()
-    eos = tokenizer.eos_token_id
+    rows, eos = completion.tolist(), tokenizer.eos_token_id
     return tokenizer.batch_decode([r[: r.index(eos)] if eos in r else r for r in rows], skip_special_tokens=True)
 
 # %% 10. Tasks, rewards, grading — App. D
@@ -846,9 +838,8 @@ def reaches(text: str | None, example: dict, official: bool = False) -> bool | N
     if any(len(n) >= 20 for n in used) or sorted(map(int, used)) != given:  # each number once
         return None
     value = arithmetic(text, float if official else Fraction)  # official: in floats, to 1e-5
-    if value is None:
-        return None
-    return abs(value - example["target"]) < 1e-5 if official else value == example["target"]
+    right = abs((value or 0) - example["target"]) < 1e-5 if official else value == example["target"]
+    return None if value is None else right
 
 def normalise_latex(text: str) -> str:
     """A plain form of a LaTeX answer, by the rules of the official MATH grader; ValueError where they fail."""
@@ -931,9 +922,10 @@ class Task:
     careful = 0.4  # share of generated demonstrations by the careful solver; the rest is careless
     stems: tuple[str, ...] = ()  # the fixed words of a question
 
-    def key(self, example: dict) -> str | None:
-        """What no two splits share; None for a problem that the embedded generator cannot draw."""
-        return f"{self.name}/{self.question(example)}" if "work" in example else None
+    def key(self, example: dict) -> str:
+        """What no two splits share: "<name>/..." of what the embedded generator can draw, else all of the problem."""
+        drawn = "work" in example
+        return f"{self.name}/{self.question(example)}" if drawn else json.dumps(example, sort_keys=True, default=str)
 
     def examples(self, split: str, n: int | None = None, seed: int = 0, data: str | None = None) -> list[dict]:
         """n problems of "train", "heldout" or "test": generated, or all (the first n) rows of `data`."""
@@ -986,10 +978,8 @@ class Task:
         gold = record["ground_truth"]
         return dict(zip(self.gold, gold if len(self.gold) > 1 else [str(gold)], strict=True))
 
-def split_of(key: str | None) -> str | None:
+def split_of(key: str) -> str:
     """The one split that may hold what has this key, the same in every run: 80 % train, 8 % heldout, 12 % test."""
-    if key is None:
-        return None
     bucket = hashlib.sha256(key.encode()).digest()[0] / 256
     return "train" if bucket < 0.8 else "heldout" if bucket < 0.88 else "test"
 
@@ -1063,9 +1053,8 @@ class Gsm8k(Task):
         integer = (found or "").isdigit() if official else number is not None and number.denominator == 1
         # up to .5 for four tags on lines of their own, less .001 a character after the last (official rule)
         after, rest = len(completion.split("\n</answer>\n")[-1]), len(completion.split("\n</answer>")[-1]) - 1
-        tags = 0.0
-        for tag, more in ("<reasoning>\n", 0), ("\n</reasoning>\n", 0), ("\n<answer>\n", after), ("\n</answer>", rest):
-            tags += (completion.count(tag) == 1) * (0.125 - 0.001 * more)
+        tags = {"<reasoning>\n": 0, "\n</reasoning>\n": 0, "\n<answer>\n": after, "\n</answer>": rest}
+        tags = sum((completion.count(tag) == 1) * (0.125 - 0.001 * more) for tag, more in tags.items())
         return {"correctness": 2.0 * right, "int": 0.5 * integer, "strict_format": 0.5 * bool(strict),
                 "soft_format": 0.5 * soft, "xmlcount": tags}
 
@@ -1134,7 +1123,8 @@ class Countdown(Task):
     def key(self, example):
         """Problems with the same numbers, in any order, and the same target are one problem."""
         numbers = sorted(example["numbers"])
-        return f"{self.name}/{numbers}/{example['target']}" if len(numbers) == 3 and numbers[-1] < 10 else None
+        drawn = len(numbers) == 3 and numbers[-1] < 10
+        return f"{self.name}/{numbers}/{example['target']}" if drawn else super().key(example)
 
     def parse(self, row):
         if "input" in row:
@@ -1151,11 +1141,10 @@ class Countdown(Task):
         return work, f"{left}{second}{c}"
 
     def rewards(self, completion, example, official=False):
-        if not official:
-            return {"countdown": {True: 1.0, False: 0.1, None: 0.0}[reaches(last_answer(completion), example)]}
-        found = answers(completion)
-        right = bool(found) and reaches(found[-1], example, official)
-        return {"countdown": 1.0 if right else 0.1 if found else 0.0}
+        found = "".join(answers(completion)[-1:]) if official else last_answer(completion)
+        right = reaches(found, example, official)
+        tries = answers(completion) if official else right is False  # ours: with the right numbers
+        return {"countdown": 1.0 if right else 0.1 if tries else 0.0}
 
     def grade(self, completion, example, official=False):
         if official:  # the last box, else the first <answer>, else all of it; the left side of an equation
@@ -1715,14 +1704,12 @@ def entry_of(task: Task, row: str, gen_length: int, records: list[dict], example
     grades = [task.grade(*pair) for pair in pairs]
     official = [task.grade(*pair, official=True) for pair in pairs] if task.name in TASKS else grades
     n, hits = len(records), sum(g.correct for g in grades)
-    low, high = wilson(hits, n)
-    score = {task.score: sum(g.score for g in grades) / n} if task.score else {}
-    return {
-        "task": task.name, "row": row, "gen_length": gen_length, "n": n, "accuracy": hits / n, "low": low, "high": high,
-        **score, "official": sum(g.score for g in official) / n,
-        "answered": sum(g.answer is not None for g in grades) / n,
-        **{k: sum(r[k] for r in records) / n for k in ("effective_tokens", "ended")},
-        "model": cfg.model, "seed": cfg.seed, "limit": cfg.limit, "data": cfg.data}
+    entry = dict(task=task.name, row=row, gen_length=gen_length, n=n, accuracy=hits / n)
+    entry["low"], entry["high"] = wilson(hits, n)
+    entry |= {task.score: sum(g.score for g in grades) / n} if task.score else {}
+    entry |= dict(official=sum(g.score for g in official) / n, answered=sum(g.answer is not None for g in grades) / n)
+    entry |= {k: sum(r[k] for r in records) / n for k in ("effective_tokens", "ended")}
+    return entry | dict(model=cfg.model, seed=cfg.seed, limit=cfg.limit, data=cfg.data)
 
 def finished_replies(path: Path, stamp: str) -> dict[int, dict]:
     """Replies to the same prompts by the same weights that an earlier evaluation left, whole or stopped, by number."""
@@ -1860,10 +1847,7 @@ def changed_settings(then: dict, now: Settings, *free: str) -> list[str]:
     return [f"--{k} {v}" for k, v in then.items() if v != getattr(now, k, None) and k not in free]
 
 def export_model(model, tokenizer, out: Path, state: dict | None = None, form: str = "") -> None:
-    """Save weights and tokenizer in hub format, then d1_state.json, which says it is whole.
-
-    form: "" = adapter or full, as it is; else merged, for plain transformers, or "llada" for LLaDA's own code.
-    """
+    """Save model and tokenizer in hub format, or in a form of --export; then d1_state.json, which says it is whole."""
     processes().wait_for_everyone()
     if not processes().is_main_process:
         return
@@ -1899,15 +1883,6 @@ def export_model(model, tokenizer, out: Path, state: dict | None = None, form: s
             write_whole(out / file.name, lambda part, file=file: shutil.move(file, part))
     if state:
         write_json(out / "d1_state.json", state)
-
-def run_state(cfg: Settings, stages: list[str]) -> dict:
-    """What d1_state.json tells of a checkpoint: stages passed, settings, versions, commit, argv."""
-    import transformers
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
-    return dict(stages=stages, preset=cfg.preset, origin=cfg.model, settings=dataclasses.asdict(cfg), argv=sys.argv[1:],
-                versions=versions, commit=commit or None)
 
 # %% 14. Screen and logs
 class Screen:
@@ -1967,10 +1942,9 @@ def results_table(screen: Screen, entries: list[dict], cfg: Settings) -> None:
         if task in PAPER_TABLE1 and "llada" in cfg.model.lower():
             paper = zip((128, 256, 512), PAPER_TABLE1[task][row].split(), strict=True)
             texts |= {n: f"{texts.get(n, '-')} (paper {figure})" for n, figure in paper}
-        one = next(iter(made.values()))
+        one, shares = next(iter(made.values())), [texts.get(n, "-") for n in lengths]
         standin = cfg.preset == "tiny" and task in ("gsm8k", "math500") and not one["data"]
-        cells = [texts.get(n, "-") for n in lengths]
-        rows.append([task + " (stand-in)" * standin, ROW_TITLES[row], *cells, one["n"]])
+        rows.append([task + " (stand-in)" * standin, ROW_TITLES[row], *shares, one["n"]])
         for score, scale in (("official", 100), ("cells", 100), ("mean_reward", 1)):
             if score in one and (score != "official" or task in TASKS):
                 shares = (f"{scale * made[n][score]:.1f}         " if n in made else "-" for n in lengths)
@@ -2038,8 +2012,8 @@ def read_flags(argv: Sequence[str] | None) -> dict[str, tuple[Any, str]]:
 
 def settle(given: dict[str, tuple[Any, str]]) -> tuple[Settings, dict[str, str]]:
     """Fill every setting: given, else the preset's default. Returns (settings, {name: where it came from})."""
-    unset = dict(task="", model="tiny", preset="auto")
-    task, model, preset = (given.get(name, [default])[0] for name, default in unset.items())
+    plain = {name: value for name, (value, _) in given.items()}
+    task, model, preset = plain.get("task", ""), plain.get("model", "tiny"), plain.get("preset", "auto")
     if preset == "auto":
         small = model == "tiny" or read_json(Path(model, "d1_state.json")).get("preset") == "tiny"
         preset = "tiny" if small else "paper"
@@ -2089,21 +2063,20 @@ def validate(cfg: Settings) -> None:
         if wrong:
             raise UserError(text)
     if cfg.model != "tiny":
-        base_of(cfg.model)
+        resolve_checkpoint(cfg.model)
     for source in filter(None, (cfg.data, cfg.sft_data)):
         check_source(source)
 
 def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) -> list[tuple[list[int], int]]:
     """The SFT corpus as (ids, prompt_len): demonstrations, most careless, or a file's traces; bad rows are named."""
-    rows = []
     if not cfg.sft_data:
-        rng = random.Random(f"sft/{cfg.seed}")
+        rng, rows = random.Random(f"sft/{cfg.seed}"), []
         for task in tasks:
             for example in task.examples("train", cfg.n_traces, seed=cfg.seed):
                 reply = task.demonstrate(example, rng, careful=rng.random() < task.careful)
                 rows.append(encode_example(tokenizer, task.messages(example), reply))
         return rows
-    size, bad, long = cfg.sft_length, [], []
+    size, traces = cfg.sft_length, {}  # by row number
     for number, row in enumerate(read_rows(cfg.sft_data, "train"), 1):
         question, reply, thoughts, attempt = map(row.get, ("question", "reply", "thinking_trajectories", "attempt"))
         if reply is None and isinstance(row.get("answer"), str) and "####" in row["answer"]:  # GSM8K
@@ -2113,14 +2086,14 @@ def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) ->
             reply = f"<reasoning>\n{thoughts}\n</reasoning>\n<answer>\n{attempt}\n</answer>"
         usable = all(text and isinstance(text, str) for text in (question, reply))
         chat = [{"role": "user", "content": f"{SYSTEM}\n\n{question}"}]
-        ids, prompt_len = encode_example(tokenizer, chat, reply) if usable else ([], size)
-        rows += [(ids, prompt_len)] * (prompt_len < size)
-        bad += [number] * (prompt_len >= size)
-        long += [number] * (len(ids) > size > prompt_len)
+        traces[number] = encode_example(tokenizer, chat, reply) if usable else ([], size)
+    rows = [(ids, prompt_len) for ids, prompt_len in traces.values() if prompt_len < size]
     if not rows:
         raise UserError(f"{cfg.sft_data}: no usable row; needs texts in the columns question, thinking_trajectories, "
                         f"attempt (s1K), question, answer (GSM8K) or question, reply, and a --sft_length over {size}")
     screen.say(f"{cfg.sft_data}: {len(rows)} traces")
+    bad = [n for n, (_, prompt_len) in traces.items() if prompt_len >= size]
+    long = [n for n, (ids, prompt_len) in traces.items() if len(ids) > size > prompt_len]
     for numbers, why in ((bad, "malformed or all prompt, left out"), (long, f"cut at --sft_length {size}")):
         if numbers:
             screen.say(f"  {len(numbers)} {why}: row number {str(numbers[:8])[1:-1]}{', ...' * (len(numbers) > 8)}")
@@ -2140,14 +2113,14 @@ def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
     rows = [r for r in rows if source != task.hub or task.hub_keeps(r)]
     if split != "test" or not (own_test or (cfg.eval_only and cfg.data)):
         parts = (split, "test") if split == "train" and own_test else (split,)
-        rows = [r for r in rows if split_of(task.key(r) or json.dumps(r, sort_keys=True, default=str)) in parts]
+        rows = [r for r in rows if split_of(task.key(r)) in parts]
     if not rows:
         raise UserError(f"{source} has no problems for the {split} split")
     return rows[: cfg.limit or (not cfg.data and task.tests) or None] if split == "test" else rows
 
 def say_sizes(task: Task, splits: dict[str, list[dict]], screen: Screen) -> None:
     """Print how many problems each split has, and how many are in two."""
-    keys = {s: {task.key(e) or json.dumps(e, sort_keys=True, default=str) for e in rows} for s, rows in splits.items()}
+    keys = {name: set(map(task.key, rows)) for name, rows in splits.items()}
     sizes = ", ".join(f"{name} {len(rows):,} ({len(keys[name]):,} different)" for name, rows in splits.items())
     shared = sum(len(keys[a] & keys[b]) for a, b in itertools.combinations(keys, 2))
     screen.say(f"{task.name} problems: {sizes}; in two splits: {shared}")
@@ -2164,13 +2137,19 @@ def prepare_folder(cfg: Settings, out: Path, screen: Screen) -> None:
     processes().wait_for_everyone()
 
 def run_stage(stage: Stage, stages: list[str], cfg: Settings, screen: Screen) -> None:
-    """Resume if asked, train, export."""
+    """Resume if asked, train, export with what d1_state.json tells: stages passed, settings, versions, commit, argv."""
+    import transformers
     if cfg.resume:
         begins = f"resumed after step {stage.step}" if load_trainer(stage) else "from the start"
         screen.say(f"{stage.name}: {begins}")
     stage.run(screen)
     stage.finish(screen)
-    export_model(stage.model, stage.tokenizer, stage.out, run_state(cfg, stages))
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
+    state = dict(stages=stages, preset=cfg.preset, origin=cfg.model, settings=dataclasses.asdict(cfg),
+                 argv=sys.argv[1:], versions=versions, commit=commit or None)
+    export_model(stage.model, stage.tokenizer, stage.out, state)
     if cfg.export:
         export_model(stage.model, stage.tokenizer, stage.out / cfg.export, form=cfg.export)
     plot_curves(stage.out)
@@ -2193,12 +2172,12 @@ def run_stages(cfg: Settings, screen: Screen, out: Path, before: bool = True) ->
         row = "d1" if {"sft", "diffu_grpo"} <= set(stages) else ["base", *stages][-1]
         return [e for t, split in splits.items()
                 for e in evaluate(model, tokenizer, t, split["test"], cfg, row, out, screen)]
-    for task, split in splits.items() if names else ():
+    for task, split in splits.items() if cfg.task in RL_TASKS else ():
         say_sizes(task, split, screen)
         if cfg.data and task.name in TASKS:
-            seen = sum(split_of(task.key(e)) == "train" for e in split["test"])
-            screen.say(f"{cfg.data}: {len(split['test'])} problems, {seen} of them (sudoku: grids) in the embedded "
-                       "training split")
+            n, keys = len(split["test"]), map(task.key, split["test"])
+            seen = sum(split_of(key) == "train" for key in keys if key.startswith(task.name + "/"))
+            screen.say(f"{cfg.data}: {n} problems, {seen} of them (sudoku: grids) in the embedded training split")
     if teaches:
         run_stage(MaskedSFT(model, tokenizer, traces, cfg, out), ["sft"], cfg, screen)
         stages = ["sft"]
@@ -2220,11 +2199,11 @@ def run_stages(cfg: Settings, screen: Screen, out: Path, before: bool = True) ->
 def open_model(cfg: Settings, screen: Screen):
     """Load model and tokenizer as the settings say, and print what came."""
     trains = bool(cfg.task) and not cfg.eval_only
-    trains_all, adapts = trains and not cfg.use_lora, trains and cfg.use_lora
+    lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets) if trains and cfg.use_lora else None
+    trains_all = trains and not lora
     dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.float32 if trains_all else None
-    model, tokenizer = load_model(
-        cfg.model, dtype=dtype, load_4bit=cfg.load_4bit, attn=cfg.attn, seed=cfg.seed,
-        lora=(cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets) if adapts else None)
+    how = dict(load_4bit=cfg.load_4bit, attn=cfg.attn, seed=cfg.seed)
+    model, tokenizer = load_model(cfg.model, dtype=dtype, lora=lora, **how)
     c = model.config
     if cfg.export == "llada" and (c.model_type != "llama" or c.tie_word_embeddings or c.attention_bias or c.mlp_bias):
         raise UserError(f"--export llada needs LLaDA's network, a plain Llama; this model is another, {c.model_type}")
@@ -2235,7 +2214,7 @@ def open_model(cfg: Settings, screen: Screen):
     total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not t) for t in (False, True))
     share = f", {trained:,} trained ({100 * trained / total:.2f} %)" if trains else ""
     screen.say(f"model {cfg.model}: {total:,} parameters{share}")
-    if adapts:
+    if lora:
         each = collections.Counter(n.split(".")[-2] for n, _ in model.named_modules() if n.endswith("lora_A"))
         screen.say(f"LoRA r {cfg.lora_r}, alpha {cfg.lora_alpha} on " + ", ".join(f"{n} x{k}" for n, k in each.items()))
     ids = {"mask": tokenizer.mask_token_id, "EOS": tokenizer.eos_token_id, "EOT": turn_end(tokenizer)[0],
@@ -2268,7 +2247,7 @@ def skeleton(cfg: Settings):
     """The model without memory for its weights, for counting."""
     if cfg.model == "tiny":
         return tiny_model(build_tokenizer())
-    base = base_of(cfg.model)
+    base = resolve_checkpoint(cfg.model)[1]
     raw = LLADA_8B if base in ALIASES.values() else read_config(base)  # known without a network
     with refusing(f"cannot load {base}"), torch.device("meta"):
         network, config = network_of(base, raw)
