@@ -675,21 +675,16 @@ def read_json(path: Path) -> dict:
     with refusing(f"cannot read {path}"):
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
-def resolve_checkpoint(name: str) -> str:
-    """The folder or hub id behind a --model value. UserError if it looks like a path and is none."""
+def resolve_checkpoint(name: str) -> tuple[str, str]:
+    """The folder or hub id behind a --model value, and the one with its weights: an adapter's base, else the same."""
     name = ALIASES.get(name.lower(), name)
     if Path(name).is_dir():
         if not (Path(name, "config.json").exists() or Path(name, "adapter_config.json").exists()):
             raise UserError(f"{name} holds no model: neither config.json nor adapter_config.json is there")
     elif name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.is_dir():
         raise UserError(f"--model {name}: no such folder; give tiny, a hub id (owner/name) or a checkpoint")
-    return name
-
-def base_of(name: str) -> str:
-    """The checkpoint that holds the weights: an adapter's base, else the one named."""
-    name = resolve_checkpoint(name)
     adapter = read_json(Path(name, "adapter_config.json"))
-    return resolve_checkpoint(str(adapter.get("base_model_name_or_path"))) if adapter else name
+    return name, (resolve_checkpoint(str(adapter.get("base_model_name_or_path")))[0] if adapter else name)
 
 def read_config(name: str) -> dict:
     """config.json of a folder or hub id, as a dict."""
@@ -781,7 +776,7 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
         tokenizer = build_tokenizer()
         model = tiny_model(tokenizer, seed).to(device)
         return (adapt_with_lora(model, *lora, seed=seed) if lora else model), tokenizer
-    name, base = resolve_checkpoint(name), base_of(name)
+    name, base = resolve_checkpoint(name)
     raw = read_config(base)
     model = load_weights(base, raw, dtype, load_4bit, attn, device)
     plain = {"llada": transformers.PreTrainedTokenizerFast, "Dream": transformers.Qwen2Tokenizer}  # no code of theirs
@@ -842,11 +837,9 @@ def turn_end(tokenizer) -> list[int]:
     return [i for i in first if i in special and i != tokenizer.eos_token_id] + [tokenizer.eos_token_id]
 
 def encode_example(tokenizer, messages: list[dict], reply: str) -> tuple[list[int], int]:
-    """Prompt + reply + end of turn as ids, and the prompt's length.
-
-    [D16] official counts one header and newline too many into the prompt, which can leave the
-    reply's first token untrained. Here the two parts are encoded apart, so the border is exact.
-    """
+    """Prompt + reply + end of turn as ids, and the prompt's length."""
+    # [D16] official counts one header and newline too many into the prompt, which can leave the reply's first token
+    #       untrained. here: the two parts are encoded apart, so the border is exact.
     prompt = encode_prompt(tokenizer, messages)
     return prompt + tokenizer.encode(reply, add_special_tokens=False) + turn_end(tokenizer), len(prompt)
 
@@ -859,8 +852,7 @@ def pad_left(rows: list[list[int]], pad_id: int, device=None) -> tuple[Tensor, T
 
 def reply_texts(tokenizer, completion: Tensor) -> list[str]:
     """The reply of each row up to its first EOS, as text. completion (B, C)."""
-    rows = completion.tolist()
-    eos = tokenizer.eos_token_id
+    rows, eos = completion.tolist(), tokenizer.eos_token_id
     return tokenizer.batch_decode([r[: r.index(eos)] if eos in r else r for r in rows], skip_special_tokens=True)
 
 # %% 10. Tasks, rewards, grading — App. D
@@ -953,9 +945,8 @@ def reaches(text: str | None, example: dict, official: bool = False) -> bool | N
     if any(len(n) >= 20 for n in used) or sorted(map(int, used)) != given:  # each number once
         return None
     value = arithmetic(text, float if official else Fraction)  # official: in floats, to 1e-5
-    if value is None:
-        return None
-    return abs(value - example["target"]) < 1e-5 if official else value == example["target"]
+    right = abs((value or 0) - example["target"]) < 1e-5 if official else value == example["target"]
+    return None if value is None else right
 
 def normalise_latex(text: str) -> str:
     """A plain form of a LaTeX answer, by the rules of the official MATH grader; ValueError where they fail."""
@@ -1034,12 +1025,14 @@ class Task:
     system, asks = SYSTEM, "{question}"  # the chat's first part; the question, filled in from the example
     says = "{}"  # how a demonstration writes its answer
     score = ""  # what Grade.score counts, where it is more than right or wrong
+    aim = "correct"  # the part of a Grade by which the best checkpoint is chosen
     careful = 0.4  # share of generated demonstrations by the careful solver; the rest is careless
     stems: tuple[str, ...] = ()  # the fixed words of a question
 
-    def key(self, example: dict) -> str | None:
-        """What no two splits share; None for a problem that the embedded generator cannot draw."""
-        return f"{self.name}/{self.question(example)}" if "work" in example else None
+    def key(self, example: dict) -> str:
+        """What no two splits share: "<name>/..." of what the embedded generator can draw, else all of the problem."""
+        drawn = "work" in example
+        return f"{self.name}/{self.question(example)}" if drawn else json.dumps(example, sort_keys=True, default=str)
 
     def examples(self, split: str, n: int | None = None, seed: int = 0, data: str | None = None) -> list[dict]:
         """n problems of "train", "heldout" or "test": generated, or all (the first n) rows of `data`."""
@@ -1092,10 +1085,8 @@ class Task:
         gold = record["ground_truth"]
         return dict(zip(self.gold, gold if len(self.gold) > 1 else [str(gold)], strict=True))
 
-def split_of(key: str | None) -> str | None:
+def split_of(key: str) -> str:
     """The one split that may hold what has this key, the same in every run: 80 % train, 8 % heldout, 12 % test."""
-    if key is None:
-        return None
     bucket = hashlib.sha256(key.encode()).digest()[0] / 256
     return "train" if bucket < 0.8 else "heldout" if bucket < 0.88 else "test"
 
@@ -1169,9 +1160,8 @@ class Gsm8k(Task):
         integer = (found or "").isdigit() if official else number is not None and number.denominator == 1
         # up to .5 for four tags on lines of their own, less .001 a character after the last (official rule)
         after, rest = len(completion.split("\n</answer>\n")[-1]), len(completion.split("\n</answer>")[-1]) - 1
-        tags = 0.0
-        for tag, more in ("<reasoning>\n", 0), ("\n</reasoning>\n", 0), ("\n<answer>\n", after), ("\n</answer>", rest):
-            tags += (completion.count(tag) == 1) * (0.125 - 0.001 * more)
+        tags = {"<reasoning>\n": 0, "\n</reasoning>\n": 0, "\n<answer>\n": after, "\n</answer>": rest}
+        tags = sum((completion.count(tag) == 1) * (0.125 - 0.001 * more) for tag, more in tags.items())
         return {"correctness": 2.0 * right, "int": 0.5 * integer, "strict_format": 0.5 * bool(strict),
                 "soft_format": 0.5 * soft, "xmlcount": tags}
 
@@ -1240,7 +1230,8 @@ class Countdown(Task):
     def key(self, example):
         """Problems with the same numbers, in any order, and the same target are one problem."""
         numbers = sorted(example["numbers"])
-        return f"{self.name}/{numbers}/{example['target']}" if len(numbers) == 3 and numbers[-1] < 10 else None
+        drawn = len(numbers) == 3 and numbers[-1] < 10
+        return f"{self.name}/{numbers}/{example['target']}" if drawn else super().key(example)
 
     def parse(self, row):
         if "input" in row:
@@ -1257,11 +1248,10 @@ class Countdown(Task):
         return work, f"{left}{second}{c}"
 
     def rewards(self, completion, example, official=False):
-        if not official:
-            return {"countdown": {True: 1.0, False: 0.1, None: 0.0}[reaches(last_answer(completion), example)]}
-        found = answers(completion)
-        right = bool(found) and reaches(found[-1], example, official)
-        return {"countdown": 1.0 if right else 0.1 if found else 0.0}
+        found = "".join(answers(completion)[-1:]) if official else last_answer(completion)
+        right = reaches(found, example, official)
+        tries = answers(completion) if official else right is False  # ours: with the right numbers
+        return {"countdown": 1.0 if right else 0.1 if tries else 0.0}
 
     def grade(self, completion, example, official=False):
         if official:  # the last box, else the first <answer>, else all of it; the left side of an equation
@@ -1343,7 +1333,7 @@ class Custom(Task):
     reward: "FILE.py:FUNCTION", called as function(prompts=, completions=, **other columns), a list each; it returns
     a number a completion, 1 or more for a right one. A prompt is a text, or a chat as a list of messages.
     """
-    name, official_name, score, asks = "custom", "custom", "mean_reward", "{prompt}"
+    name, official_name, score, aim, asks = "custom", "custom", "mean_reward", "score", "{prompt}"
 
     def __init__(self, reward: str, pay_errors_zero: bool = False):
         self.path, _, name = reward.rpartition(":")
@@ -1833,19 +1823,17 @@ def generate(model, tokenizer, prompts: list[list[int]], cfg: Settings, gen_leng
 
 def entry_of(task: Task, row: str, gen_length: int, records: list[dict], examples, cfg: Settings) -> dict:
     """An entry of eval.json: strict accuracy with its interval, the official score, and how replies look."""
-    grades = [task.grade(r["generations"], e) for r, e in zip(records, examples, strict=True)]
-    official = grades if task.name == "custom" else [
-        task.grade(r["generations"], e, official=True) for r, e in zip(records, examples, strict=True)]
+    pairs = [(r["generations"], e) for r, e in zip(records, examples, strict=True)]
+    grades = [task.grade(*pair) for pair in pairs]
+    official = [task.grade(*pair, official=True) for pair in pairs] if task.name in TASKS else grades
     n, hits = len(records), sum(g.correct for g in grades)
-    low, high = wilson(hits, n)
-    score = {task.score: sum(g.score for g in grades) / n} if task.score else {}
-    return {
-        "task": task.name, "row": row, "gen_length": gen_length, "n": n, "accuracy": hits / n, "low": low, "high": high,
-        **score, "official": sum(g.score for g in official) / n,
-        "answered": sum(g.answer is not None for g in grades) / n,
-        **{k: sum(r[k] for r in records) / n for k in ("effective_tokens", "ended")},
-        "model": cfg.model, "seed": cfg.seed, "limit": cfg.limit, "data": cfg.data,
-        "cache": cfg.cache, "threshold": cfg.threshold}
+    entry = dict(task=task.name, row=row, gen_length=gen_length, n=n, accuracy=hits / n)
+    entry["low"], entry["high"] = wilson(hits, n)
+    entry |= {task.score: sum(g.score for g in grades) / n} if task.score else {}
+    entry |= dict(official=sum(g.score for g in official) / n, answered=sum(g.answer is not None for g in grades) / n)
+    entry |= {k: sum(r[k] for r in records) / n for k in ("effective_tokens", "ended")}
+    return entry | dict(model=cfg.model, seed=cfg.seed, limit=cfg.limit, data=cfg.data, cache=cfg.cache,
+                        threshold=cfg.threshold)
 
 def finished_replies(path: Path, stamp: str) -> dict[int, dict]:
     """Replies to the same prompts by the same weights that an earlier evaluation left, whole or stopped, by number."""
@@ -1959,45 +1947,45 @@ def save_trainer(stage: Stage) -> None:
 def load_trainer(stage: Stage) -> bool:
     """Continue a stage from its last checkpoint; False if there is none. Draws depend on seed and step alone."""
     path, log = stage.checkpoint, stage.out / "metrics.jsonl"
-    if not path.exists():
-        if others := sorted(path.parent.glob(f"{stage.name}.*pt")):
-            raise UserError(f"{others[0]} is of another number of processes or another sharding: launch as before")
-        drop_later_metrics(log, stage.name, 0)
-        return False
-    with refusing(f"{path} does not fit this run"), torch.no_grad():
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if changed := changed_settings(state["settings"], stage.cfg, "steps_rl"):
-            raise ValueError(f"give the flags of the run that stopped: {', '.join(changed)}")
-        for p, saved in zip(stage.params, state["weights"], strict=True):
-            local(p).copy_(saved)
-        if stage.engine:
-            stage.engine.optimizer.refresh_fp32_params()  # its own copy of the weights
-        for i, of_p in state["optimizer"].get("state", {}).items():
-            of_p |= {k: shard_like(v, stage.params[i]) for k, v in of_p.items()}
-        stage.adam.load_state_dict(state["optimizer"])
-        stage.step, stage.best, stage.stale, stage.score = (state[k] for k in ("step", "best", "stale", "score"))
-    drop_later_metrics(log, stage.name, stage.step)
-    return True
+    if not (found := path.exists()) and (others := sorted(path.parent.glob(f"{stage.name}.*pt"))):
+        raise UserError(f"{others[0]} is of another number of processes or another sharding: launch as before")
+    if found:
+        with refusing(f"{path} does not fit this run"), torch.no_grad():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if changed := changed_settings(state["settings"], stage.cfg, "steps_rl"):
+                raise ValueError(f"give the flags of the run that stopped: {', '.join(changed)}")
+            for p, saved in zip(stage.params, state["weights"], strict=True):
+                local(p).copy_(saved)
+            if stage.engine:
+                stage.engine.optimizer.refresh_fp32_params()  # its own copy of the weights
+            for i, of_p in state["optimizer"].get("state", {}).items():
+                of_p |= {k: shard_like(v, stage.params[i]) for k, v in of_p.items()}
+            stage.adam.load_state_dict(state["optimizer"])
+            stage.step, stage.best, stage.stale, stage.score = (state[k] for k in ("step", "best", "stale", "score"))
+    kept = [r for r in read_log(log) if r["stage"] != stage.name or r["step"] <= stage.step]  # others are made again
+    write_whole(log, lambda part: part.write_text("".join(json.dumps(r) + "\n" for r in kept)))
+    return found
 
 def changed_settings(then: dict, now: Settings, *free: str) -> list[str]:
     """Flags of a saved run that are not as now, but for those that cannot change its result and `free`."""
     free += ("resume", "output_dir", "config", "threads", "debug", "skip_eval", "dry_run")
     return [f"--{k} {v}" for k, v in then.items() if v != getattr(now, k, None) and k not in free]
 
-def drop_later_metrics(path: Path, name: str, step: int) -> None:
-    """Remove what a stopped run logged after its last checkpoint, since those steps are made again."""
-    kept = [r for r in read_log(path) if r["stage"] != name or r["step"] <= step]
-    write_whole(path, lambda part: part.write_text("".join(json.dumps(r) + "\n" for r in kept)))
-
-def export_model(model, tokenizer, out: Path, state: dict) -> None:
-    """Save weights (adapter or full) and tokenizer in hub format, then d1_state.json, which says it is whole."""
+def export_model(model, tokenizer, out: Path, state: dict | None = None, form: str = "") -> None:
+    """Save model and tokenizer in hub format, or in a form of --export; then d1_state.json, which says it is whole."""
     processes().wait_for_everyone()
     if not processes().is_main_process:
         return
+    out.mkdir(parents=True, exist_ok=True)
+    if form and hasattr(model, "peft_config"):
+        model = copy.deepcopy(model).merge_and_unload()
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
         saved = Path(folder)
         if not hasattr(model, "peft_config"):
-            model.save_pretrained(saved, save_original_format=False)  # else LLaDA's names under Llama's config
+            weights = model.state_dict()
+            for theirs, ours in LLADA_NAMES.items() if form == "llada" else ():
+                weights = {name.replace(ours, theirs): w for name, w in weights.items()}
+            model.save_pretrained(saved, state_dict=weights, save_original_format=False)  # by the names given here
         elif len(stacked := list(model.peft_config)) > 1:  # the stages' adapters as one, of the ranks' sum: exact
             model.add_weighted_adapter(stacked, [1.0] * len(stacked), "joined", combination_type="cat")
             model.save_pretrained(saved, selected_adapters=["joined"], save_embedding_layers=False)
@@ -2007,41 +1995,19 @@ def export_model(model, tokenizer, out: Path, state: dict) -> None:
         else:
             model.save_pretrained(saved, selected_adapters=stacked, save_embedding_layers=False)
         tokenizer.save_pretrained(saved)
+        if form == "llada":
+            c = model.config  # the inverse of `network_of`
+            write_json(saved / "config.json", LLADA_8B | dict(
+                d_model=c.hidden_size, n_layers=c.num_hidden_layers, n_heads=c.num_attention_heads,
+                n_kv_heads=c.num_key_value_heads, mlp_hidden_size=c.intermediate_size, rms_norm_eps=c.rms_norm_eps,
+                vocab_size=c.vocab_size, embedding_size=c.vocab_size, max_sequence_length=c.max_position_embeddings,
+                rope_theta=c.rope_parameters["rope_theta"], mask_token_id=tokenizer.mask_token_id,
+                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                torch_dtype=str(model.dtype).split(".")[1]))
         for file in sorted(p for p in saved.iterdir() if p.is_file() and p.name != "README.md"):
             write_whole(out / file.name, lambda part, file=file: shutil.move(file, part))
-    write_json(out / "d1_state.json", state)
-
-def export_merged(model, tokenizer, out: Path, form: str) -> None:
-    """All weights in one checkpoint, adapters merged: for plain transformers, or "llada" for LLaDA's own code."""
-    if not processes().is_main_process:
-        return
-    c = model.config
-    if hasattr(model, "peft_config"):
-        model = copy.deepcopy(model).merge_and_unload()
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(out)
-    if form != "llada":
-        model.save_pretrained(out, save_original_format=False)
-        return
-    weights = model.state_dict()
-    for theirs, ours in LLADA_NAMES.items():
-        weights = {name.replace(ours, theirs): w for name, w in weights.items()}
-    model.save_pretrained(out, state_dict=weights, save_original_format=False)
-    write_json(out / "config.json", LLADA_8B | dict(
-        d_model=c.hidden_size, n_layers=c.num_hidden_layers, n_heads=c.num_attention_heads, vocab_size=c.vocab_size,
-        n_kv_heads=c.num_key_value_heads, mlp_hidden_size=c.intermediate_size, embedding_size=c.vocab_size,
-        max_sequence_length=c.max_position_embeddings, rope_theta=c.rope_parameters["rope_theta"],
-        rms_norm_eps=c.rms_norm_eps, mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, torch_dtype=str(model.dtype).split(".")[1]))
-
-def run_state(cfg: Settings, stages: list[str], origin: str) -> dict:
-    """What d1_state.json tells of a checkpoint: stages passed, settings, versions, commit, argv."""
-    import transformers
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
-    return dict(stages=stages, preset=cfg.preset, origin=origin, settings=dataclasses.asdict(cfg), argv=sys.argv[1:],
-                versions=versions, commit=commit or None)
+    if state:
+        write_json(out / "d1_state.json", state)
 
 # %% 14. Screen and logs
 class Screen:
@@ -2093,26 +2059,25 @@ class Screen:
 
 def results_table(screen: Screen, entries: list[dict], cfg: Settings) -> None:
     """Rows x tasks x lengths, each with its 95 % interval, and the paper's figure where the model is LLaDA."""
-    lengths = sorted({e["gen_length"] for e in entries})
-    standin = {"gsm8k", "math500"} & {e["task"] for e in entries if cfg.preset == "tiny" and not e["data"]}
-    cells, rows = {(e["task"], e["row"], e["gen_length"]): e for e in entries}, []
-    for task, row in dict.fromkeys((e["task"], e["row"]) for e in entries):
-        made = {n: cells.get((task, row, n), {}) for n in lengths}
-        texts = {n: f"{100 * e['accuracy']:.1f} [{100 * e['low']:.0f}, {100 * e['high']:.0f}]" if e else "-"
-                 for n, e in made.items()}
+    lengths, by_row, rows = sorted({e["gen_length"] for e in entries}), {}, []
+    for e in entries:
+        by_row.setdefault((e["task"], e["row"]), {})[e["gen_length"]] = e
+    for (task, row), made in by_row.items():
+        texts = {n: f"{100 * e['accuracy']:.1f} [{100 * e['low']:.0f}, {100 * e['high']:.0f}]" for n, e in made.items()}
         if task in PAPER_TABLE1 and "llada" in cfg.model.lower():
             paper = zip((128, 256, 512), PAPER_TABLE1[task][row].split(), strict=True)
-            texts |= {n: f"{texts[n]} (paper {figure})" for n, figure in paper if n in texts}
-        one = next(e for e in made.values() if e)
-        rows.append([task + " (stand-in)" * (task in standin), ROW_TITLES[row], *texts.values(), one["n"]])
+            texts |= {n: f"{texts.get(n, '-')} (paper {figure})" for n, figure in paper}
+        one, shares = next(iter(made.values())), [texts.get(n, "-") for n in lengths]
+        standin = cfg.preset == "tiny" and task in ("gsm8k", "math500") and not one["data"]
+        rows.append([task + " (stand-in)" * standin, ROW_TITLES[row], *shares, one["n"]])
         for score, scale in (("official", 100), ("cells", 100), ("mean_reward", 1)):
-            if score in one and (task, score) != ("custom", "official"):
-                shares = (f"{scale * e[score]:.1f}         " if score in e else "-" for e in made.values())
+            if score in one and (score != "official" or task in TASKS):
+                shares = (f"{scale * made[n][score]:.1f}         " if n in made else "-" for n in lengths)
                 rows.append(["", score, *shares, ""])
     title = "Accuracy, %: strict grading, greedy, 95 % Wilson interval"
     approximate = cfg.cache != "none" or cfg.threshold > 0
     title += f"; approximate decoding: cache {cfg.cache}, threshold {cfg.threshold}" * approximate
-    title += "; stand-in = generated problems, not the benchmark" * bool(standin)
+    title += "; stand-in = generated problems, not the benchmark" * any("stand-in" in row[0] for row in rows)
     screen.table(title, ["task", "row", *(f"length {n}" for n in lengths), "n"], rows)
 
 def plot_curves(out: Path) -> None:
@@ -2146,12 +2111,9 @@ def parse_words(words: Sequence[str] | None) -> dict[str, Any]:
         m, columns = f.metadata, {preset: repr(value) for preset, value in f.metadata["columns"].items()}
         alike = len(set(columns.values())) == 1
         default = columns["paper"] if alike else " | ".join(f"{preset} {value}" for preset, value in columns.items())
-        if f.type == "bool":
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif m["choices"]:
-            kind = dict(choices=m["choices"])
-        else:
-            kind = dict(type=dict(int=int, float=float, str=str)[f.type], metavar=f.type.upper())
+        kind = dict(type=dict(int=int, float=float).get(f.type, str), metavar=f.type.upper())
+        kind = dict(choices=m["choices"]) if m["choices"] else kind
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type == "bool" else kind
         text = f"{m['help']}. Default: {default}. [{m['source']}]".replace("%", "%%")
         parser.add_argument(f"--{f.name}", help=text, **kind)
     known, unknown = parser.parse_known_args(words)
@@ -2196,18 +2158,16 @@ def validate(cfg: Settings) -> None:
     """UserError on values that cannot run, before anything is loaded."""
     for f in dataclasses.fields(Settings):
         value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
-        if f.type in ("int", "float") and not math.isfinite(value):
-            raise UserError(f"--{f.name} must be a finite number, not {value}")
-        if (low is not None and value < low) or (high is not None and value > high):
+        top = sys.float_info.max if high is None else high
+        if f.type in ("int", "float") and not low <= value <= top:  # as no infinity and no nan is
             bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise UserError(f"--{f.name} must be {bounds}, not {value}")
+            raise UserError(f"--{f.name} must be {'finite and ' * (not math.isfinite(value))}{bounds}, not {value}")
     if not re.fullmatch(r"\d+(,\d+)*", str(cfg.eval_lengths)):
         raise UserError(f"--eval_lengths must be numbers with commas, such as 128,256,512, not {cfg.eval_lengths}")
     for flag, length in [("gen_length", cfg.gen_length)] + [("eval_lengths", n) for n in cfg.lengths()]:
         if length < 1 or length % cfg.block_length:
             raise UserError(f"--{flag} {length} must be a positive multiple of --block_length {cfg.block_length}")
-    steps, blocks = cfg.diffusion_steps, cfg.gen_length // cfg.block_length
-    trains, flash = bool(cfg.task) and not cfg.eval_only, cfg.attn == "flash_attention_2"
+    steps, blocks, trains = cfg.diffusion_steps, cfg.gen_length // cfg.block_length, cfg.task and not cfg.eval_only
     for wrong, text in (
         (not (cfg.task or cfg.export), f"--task is needed: one of {', '.join(TASK_CHOICES)}"),
         (steps and not blocks <= steps <= cfg.gen_length,
@@ -2225,12 +2185,12 @@ def validate(cfg: Settings) -> None:
         (cfg.load_4bit and trains and not cfg.use_lora, "--load_4bit weights cannot be trained: add --use_lora"),
         (cfg.load_4bit and cfg.export, "--export needs unpacked weights: export the saved adapter without --load_4bit"),
         (cfg.load_4bit and not importlib.util.find_spec("bitsandbytes"), "--load_4bit needs the package bitsandbytes"),
-        (flash and not importlib.util.find_spec("flash_attn"), "--attn flash_attention_2 needs the package flash-attn"),
-        (flash and not torch.cuda.is_available(), "--attn flash_attention_2 needs a CUDA GPU: use --attn auto")):
+        (cfg.attn == "flash_attention_2" and not (importlib.util.find_spec("flash_attn") and torch.cuda.is_available()),
+         "--attn flash_attention_2 needs a CUDA GPU and the package flash-attn: use --attn auto")):
         if wrong:
             raise UserError(text)
     if cfg.model != "tiny":
-        base_of(cfg.model)
+        resolve_checkpoint(cfg.model)
     for source in filter(None, (cfg.data, cfg.sft_data)):
         check_source(source)
 
@@ -2280,14 +2240,14 @@ def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
     rows = [r for r in rows if source != task.hub or task.hub_keeps(r)]
     if split != "test" or not (own_test or (cfg.eval_only and cfg.data)):
         parts = (split, "test") if split == "train" and own_test else (split,)
-        rows = [r for r in rows if split_of(task.key(r) or json.dumps(r, sort_keys=True, default=str)) in parts]
+        rows = [r for r in rows if split_of(task.key(r)) in parts]
     if not rows:
         raise UserError(f"{source} has no problems for the {split} split")
     return rows[: cfg.limit or (not cfg.data and task.tests) or None] if split == "test" else rows
 
 def say_sizes(task: Task, splits: dict[str, list[dict]], screen: Screen) -> None:
     """Print how many problems each split has, and how many are in two."""
-    keys = {s: {task.key(e) or json.dumps(e, sort_keys=True, default=str) for e in rows} for s, rows in splits.items()}
+    keys = {name: set(map(task.key, rows)) for name, rows in splits.items()}
     sizes = ", ".join(f"{name} {len(rows):,} ({len(keys[name]):,} different)" for name, rows in splits.items())
     shared = sum(len(keys[a] & keys[b]) for a, b in itertools.combinations(keys, 2))
     screen.say(f"{task.name} problems: {sizes}; in two splits: {shared}")
@@ -2304,64 +2264,73 @@ def prepare_folder(cfg: Settings, out: Path, screen: Screen) -> None:
     processes().wait_for_everyone()
 
 def run_stage(stage: Stage, stages: list[str], cfg: Settings, screen: Screen) -> None:
-    """Resume if asked, train, export."""
+    """Resume if asked, train, export with what d1_state.json tells: stages passed, settings, versions, commit, argv."""
+    import transformers
     if cfg.resume:
-        found = load_trainer(stage)
-        screen.say(f"{stage.name}: resumed after step {stage.step}" if found else f"{stage.name}: from the start")
+        begins = f"resumed after step {stage.step}" if load_trainer(stage) else "from the start"
+        screen.say(f"{stage.name}: {begins}")
     stage.run(screen)
     stage.finish(screen)
-    export_model(stage.model, stage.tokenizer, stage.out, run_state(cfg, stages, cfg.model))
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
+    state = dict(stages=stages, preset=cfg.preset, origin=cfg.model, settings=dataclasses.asdict(cfg),
+                 argv=sys.argv[1:], versions=versions, commit=commit or None)
+    export_model(stage.model, stage.tokenizer, stage.out, state)
     if cfg.export:
-        export_merged(stage.model, stage.tokenizer, stage.out / cfg.export, cfg.export)
-    if processes().is_main_process:
-        plot_curves(stage.out)
+        export_model(stage.model, stage.tokenizer, stage.out / cfg.export, form=cfg.export)
+    plot_curves(stage.out)
     processes().wait_for_everyone()
 
-def row_name(stages: Sequence[str]) -> str:
-    """The row of Table 1 of a model that went through these stages."""
-    return "d1" if {"sft", "diffu_grpo"} <= set(stages) else stages[-1] if stages else "base"
-
-def run_benchmark(cfg: Settings, screen: Screen, out: Path, before: bool = True) -> list[dict]:
-    """Stage 1 if needed, evaluation, stage 2, evaluation. Returns the entries of eval.json it made."""
+def run_stages(cfg: Settings, screen: Screen, out: Path, before: bool = True) -> list[dict]:
+    """Stage 1 if needed, evaluation, stage 2 on a benchmark, evaluation. Returns the entries of eval.json it made."""
     from accelerate.utils import gather_object
-    task = Custom(cfg.reward, cfg.reward_errors == "zero") if cfg.task == "custom" else TASKS[cfg.task]
+    tasks = [Custom(cfg.reward, cfg.reward_errors == "zero")] if cfg.task == "custom" else [
+        task for task in TASKS.values() if cfg.task in (task.name, "sft_only", "table1")]
     model, tokenizer = open_model(cfg, screen)
-    splits = {s: problems_of(cfg, task, s) for s in (("test",) if cfg.eval_only else ("train", "heldout", "test"))}
     stages = list(read_json(Path(cfg.model, "d1_state.json")).get("stages", []))
-    teaches = "sft" not in stages and not cfg.skip_sft and not cfg.eval_only
-    traces = sft_rows(cfg, tokenizer, [task], screen) if teaches else []
+    reinforces, evaluates = cfg.task in RL_TASKS and not cfg.eval_only, cfg.eval_only or not cfg.skip_eval
+    teaches = not cfg.eval_only and not (reinforces and (cfg.skip_sft or "sft" in stages))
+    names = ("train", "heldout", "test") if reinforces else ("test",) * evaluates
+    splits = {task: {name: problems_of(cfg, task, name) for name in names} for task in tasks}
+    traces = sft_rows(cfg, tokenizer, tasks, screen) if teaches else []
     prepare_folder(cfg, out, screen)
-    say_sizes(task, splits, screen)
-    test = splits["test"]
-    if cfg.data and task.name in TASKS:
-        seen = sum(split_of(task.key(e)) == "train" for e in test)
-        screen.say(f"{cfg.data}: {len(test)} problems, {seen} of them (sudoku: grids) in the embedded training split")
-    look = functools.partial(evaluate, model, tokenizer, task, test, cfg, out=out, screen=screen)
-    if cfg.eval_only:
-        return look(row=row_name(stages))
+    def look() -> list[dict]:
+        row = "d1" if {"sft", "diffu_grpo"} <= set(stages) else ["base", *stages][-1]
+        return [e for t, split in splits.items()
+                for e in evaluate(model, tokenizer, t, split["test"], cfg, row, out, screen)]
+    for task, split in splits.items() if cfg.task in RL_TASKS else ():
+        say_sizes(task, split, screen)
+        if cfg.data and task.name in TASKS:
+            n, keys = len(split["test"]), map(task.key, split["test"])
+            seen = sum(split_of(key) == "train" for key in keys if key.startswith(task.name + "/"))
+            screen.say(f"{cfg.data}: {n} problems, {seen} of them (sudoku: grids) in the embedded training split")
     if teaches:
         run_stage(MaskedSFT(model, tokenizer, traces, cfg, out), ["sft"], cfg, screen)
         stages = ["sft"]
-    entries = look(row=row_name(stages)) if before and not cfg.skip_eval else []
-    stages = [s for s in stages if s != "diffu_grpo"] + ["diffu_grpo"]
-    heldout = splits["heldout"][: cfg.limit or 128]
-    asked = evaluation_prompts(tokenizer, task, heldout, cfg)[0]
-    def check(model) -> float:
-        replies = gather_object([r for batch in generate(model, tokenizer, asked, cfg, cfg.gen_length) for r in batch])
-        grades = [task.grade(reply["generations"], heldout[i]) for i, reply in replies]
-        return sum(g.score if task.name == "custom" else g.correct for g in grades) / len(grades)
-    pay = functools.partial(task.pay, official=cfg.preset == "official")
-    run_stage(DiffuGRPO(model, tokenizer, splits["train"], task.messages, pay, cfg, out, check), stages, cfg, screen)
-    return entries + ([] if cfg.skip_eval else look(row=row_name(stages)))
+    entries = look() if reinforces and before and evaluates else []
+    if reinforces:
+        task, split = tasks[0], splits[tasks[0]]
+        stages = [s for s in stages if s != "diffu_grpo"] + ["diffu_grpo"]
+        heldout = split["heldout"][: cfg.limit or 128]
+        asked = evaluation_prompts(tokenizer, task, heldout, cfg)[0]
+        def check(model) -> float:
+            batches = generate(model, tokenizer, asked, cfg, cfg.gen_length)
+            replies = gather_object([reply for batch in batches for reply in batch])
+            grades = [task.grade(reply["generations"], heldout[i]) for i, reply in replies]
+            return sum(getattr(g, task.aim) for g in grades) / len(grades)
+        pay = functools.partial(task.pay, official=cfg.preset == "official")
+        run_stage(DiffuGRPO(model, tokenizer, split["train"], task.messages, pay, cfg, out, check), stages, cfg, screen)
+    return entries + (look() if evaluates else [])
 
 def open_model(cfg: Settings, screen: Screen):
     """Load model and tokenizer as the settings say, and print what came."""
     trains = bool(cfg.task) and not cfg.eval_only
-    trains_all, adapts = trains and not cfg.use_lora, trains and cfg.use_lora
+    lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets) if trains and cfg.use_lora else None
+    trains_all = trains and not lora
     dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.float32 if trains_all else None
-    model, tokenizer = load_model(
-        cfg.model, dtype=dtype, load_4bit=cfg.load_4bit, attn=cfg.attn, seed=cfg.seed,
-        lora=(cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets) if adapts else None)
+    how = dict(load_4bit=cfg.load_4bit, attn=cfg.attn, seed=cfg.seed)
+    model, tokenizer = load_model(cfg.model, dtype=dtype, lora=lora, **how)
     c = model.config
     if cfg.export == "llada" and (c.model_type != "llama" or c.tie_word_embeddings or c.attention_bias or c.mlp_bias):
         raise UserError(f"--export llada needs LLaDA's network, a plain Llama; this model is another, {c.model_type}")
@@ -2379,7 +2348,7 @@ def open_model(cfg: Settings, screen: Screen):
     total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not t) for t in (False, True))
     share = f", {trained:,} trained ({100 * trained / total:.2f} %)" if trains else ""
     screen.say(f"model {cfg.model}: {total:,} parameters{share}")
-    if adapts:
+    if lora:
         each = collections.Counter(n.split(".")[-2] for n, _ in model.named_modules() if n.endswith("lora_A"))
         screen.say(f"LoRA r {cfg.lora_r}, alpha {cfg.lora_alpha} on " + ", ".join(f"{n} x{k}" for n, k in each.items()))
     ids = {"mask": tokenizer.mask_token_id, "EOS": tokenizer.eos_token_id, "EOT": turn_end(tokenizer)[0],
@@ -2389,34 +2358,22 @@ def open_model(cfg: Settings, screen: Screen):
     screen.say(f"preset {cfg.preset}, seed {cfg.seed}; {str(model.dtype).split('.')[1]}; {machine}")
     return model, tokenizer
 
-def run_all_tasks(cfg: Settings, screen: Screen, out: Path, row: str = "sft") -> list[dict]:
-    """Stage 1 on all tasks' traces, one checkpoint, unless --eval_only; then all four benchmarks at all lengths."""
-    model, tokenizer = open_model(cfg, screen)
-    if not cfg.eval_only:
-        traces = sft_rows(cfg, tokenizer, list(TASKS.values()), screen)
-        prepare_folder(cfg, out, screen)
-        run_stage(MaskedSFT(model, tokenizer, traces, cfg, out), ["sft"], cfg, screen)
-    tests = [(task, problems_of(cfg, task, "test")) for task in TASKS.values() if not cfg.skip_eval]
-    return [e for task, rows in tests for e in evaluate(model, tokenizer, task, rows, cfg, row, out, screen)]
-
 def run_table1(cfg: Settings, screen: Screen, out: Path, given: dict) -> list[dict]:
     """The paper's Table 1 on the model given: base, +SFT, +diffu-GRPO, d1. Finished parts are not redone."""
     sft, entries = out.parent / "sft", []  # where --task sft_only leaves it
-    parts = [("table1", "base", out / "base", cfg.model), ("sft_only", "sft", sft, cfg.model)]
-    starts = {"diffu_grpo": cfg.model, "d1": str(sft)}
-    parts += [(task, row, out / f"{task}_{row}", start) for task in TASKS for row, start in starts.items()]
-    for task, row, folder, model in parts:
+    parts = [("table1", out / "base", cfg.model), ("sft_only", sft, cfg.model)]
+    for task in TASKS:
+        parts += [(task, out / f"{task}_diffu_grpo", cfg.model), (task, out / f"{task}_d1", str(sft))]
+    for task, folder, model in parts:
         changes = {"task": task, "model": model, "skip_sft": task in TASKS, "skip_eval": False, "preset": cfg.preset,
                    "resume": cfg.resume and (folder / "trainer").exists()}
         own = settle(given | {k: (v, "table1") for k, v in changes.items()})[0]
         state = read_json(folder / "d1_state.json").get("settings")
         trained = bool(state) and not changed_settings(state, own)  # the checkpoint of a run with these settings
         screen.say(f"--- table1: {folder}" + ", trained already" * trained)
-        if trained or row == "base":
+        if trained or task == "table1":  # the base: nothing to train
             own = dataclasses.replace(own, model=str(folder) if trained else model, eval_only=True)
-        single = task in TASKS
-        made = run_benchmark(own, screen, folder, before=False) if single else run_all_tasks(own, screen, folder, row)
-        entries += [e for e in made if e["row"] == row]
+        entries += run_stages(own, screen, folder, before=False)
     write_json(out / "eval.json", entries)
     return sorted(entries, key=lambda e: (list(TASKS).index(e["task"]), list(ROW_TITLES).index(e["row"])))
 
@@ -2424,7 +2381,7 @@ def skeleton(cfg: Settings):
     """The model without memory for its weights, for counting."""
     if cfg.model == "tiny":
         return tiny_model(build_tokenizer())
-    base = base_of(cfg.model)
+    base = resolve_checkpoint(cfg.model)[1]
     raw = LLADA_8B if base in ALIASES.values() else read_config(base)  # known without a network
     with refusing(f"cannot load {base}"), torch.device("meta"):
         network, config = network_of(base, raw)
@@ -2448,12 +2405,11 @@ def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * (not cfg.eval_only)
     adapters = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     total = sum(p.numel() for p in model.parameters()) - adapters
-    multiplied = total - model.get_input_embeddings().weight.numel()
     row_rl = (24 if tiny else cfg.max_prompt) + cfg.gen_length  # tokens of a prompt and its completion
     rows_sft, steps = min(cfg.rows_sft, cfg.bs_sft), cfg.diffusion_steps or cfg.gen_length // 2
     updates_sft, updates_rl = cfg.steps_sft * sft, cfg.steps_rl * rl * (8 if cfg.task == "table1" else 1)
     back = (4 if cfg.use_lora else 6) + 2 * cfg.grad_checkpoint  # LoRA needs no gradient of the frozen weights
-    needs, flops = [("parameters, of which trained", f"{total + adapters:,}, {trained:,}")], 0.0
+    needs, flops = {"parameters, of which trained": f"{total + adapters:,}, {trained:,}"}, 0.0
     for name, updates, passes, rows, length, cost in (  # passes an update; FLOPs a weight and token
         ("SFT: forward + backward passes", updates_sft, cfg.bs_sft / rows_sft, rows_sft, cfg.sft_length, back),
         ("RL rollouts: forward passes", updates_rl, steps * cfg.grad_accum / cfg.mu, cfg.bs_rl, row_rl, 2),
@@ -2461,28 +2417,26 @@ def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
         ("RL updates: forward + backward passes", updates_rl, cfg.grad_accum, cfg.bs_rl, row_rl, back),
     ):
         attention = 2 * config.hidden_size * config.num_hidden_layers * length
-        each = passes * rows * length * cost * (multiplied + attention)
+        each = passes * rows * length * cost * (total - model.get_input_embeddings().weight.numel() + attention)
         flops += each * updates
         if updates:
-            needs.append((name, f"{passes:.4g} of {rows * length:,} tokens an update, {each:.2e} FLOPs; "
-                                f"{passes * updates:,.0f} in the run"))
+            needs[name] = (f"{passes:.4g} of {rows * length:,} tokens an update, {each:.2e} FLOPs; "
+                           f"{passes * updates:,.0f} in the run")
     packed = sum(m.weight.numel() for m in block_linears(model).values()) * cfg.load_4bit  # NF4: .516 bytes each
     width = 4 if tiny or not (cfg.use_lora or cfg.eval_only) else 2  # bytes of the others
     copies = 2 if rl and cfg.beta and not cfg.use_lora else 1  # the frozen reference
     tokens = max(rows_sft * cfg.sft_length * sft, cfg.bs_rl * row_rl * rl)
     replies = max(rows_sft * cfg.sft_length // 2 * sft, cfg.bs_rl * cfg.gen_length * rl)
     kept = bytes_per_token(config, cfg.lora_r * cfg.use_lora, cfg.grad_checkpoint) * tokens
-    memory = {
+    memory = {  # of the activations a part is bf16 copies of fp32 weights
         "weights" + " and reference" * (copies == 2): copies * (packed * 0.516 + (total - packed) * width),
-        "adapters": 4.0 * adapters, "gradients": 4.0 * trained, "AdamW": 8.0 * trained,
-        "activations": kept + 2.0 * trained,  # the latter: bf16 copies of fp32 weights
-        "logits": config.vocab_size * (12.0 * replies + 2 * tokens),
-    }
-    needs += [("FLOPs of training, a process", f"{flops:.2e}: {flops / 2e14 / 3600:,.1f} h at 200 TFLOP/s"),
-              *((f"memory: {name}", f"{size / 2**30:.3f} GiB") for name, size in memory.items() if size),
-              ("memory: peak, about", f"{sum(memory.values()) / 2**30:.2f} GiB"),
-              ("disk: weights and trainer state", f"{trained * 16 / 2**30:.3f} GiB")]
-    screen.table("What the run needs", ["quantity", "value"], needs)
+        "adapters": 4 * adapters, "gradients": 4 * trained, "AdamW": 8 * trained, "activations": kept + 2 * trained,
+        "logits": config.vocab_size * (12 * replies + 2 * tokens)}
+    needs["FLOPs of training, a process"] = f"{flops:.2e}: {flops / 2e14 / 3600:,.1f} h at 200 TFLOP/s"
+    needs |= {f"memory: {name}": f"{size / 2**30:.3f} GiB" for name, size in memory.items() if size}
+    needs["memory: peak, about"] = f"{sum(memory.values()) / 2**30:.2f} GiB"
+    needs["disk: weights and trainer state"] = f"{trained * 16 / 2**30:.3f} GiB"
+    screen.table("What the run needs", ["quantity", "value"], needs.items())
 
 def run(argv: Sequence[str] | None) -> None:
     """Do what the command line says and show the results."""
@@ -2494,14 +2448,13 @@ def run(argv: Sequence[str] | None) -> None:
     torch.set_num_threads(cfg.threads or min(torch.get_num_threads(), 8))
     if not cfg.task:
         model, tokenizer = open_model(cfg, screen)
-        export_merged(model, tokenizer, Path(cfg.output_dir), cfg.export)
+        export_model(model, tokenizer, Path(cfg.output_dir), form=cfg.export)
         return screen.say(f"{cfg.model} is now in {cfg.output_dir}, in the form {cfg.export}")
     began, out = time.monotonic(), Path(cfg.output_dir) / {"sft_only": "sft"}.get(cfg.task, cfg.task)
     if cfg.resume and not (out.exists() if cfg.task == "table1" else any(out.glob("trainer/*.pt"))):
         raise UserError(f"nothing to resume in {out}: run without --resume")
     try:
-        table1 = functools.partial(run_table1, given=given)
-        entries = {"table1": table1, "sft_only": run_all_tasks}.get(cfg.task, run_benchmark)(cfg, screen, out)
+        entries = run_table1(cfg, screen, out, given) if cfg.task == "table1" else run_stages(cfg, screen, out)
     finally:
         screen.stop()  # a bar left open would eat the error's line
     if entries:
