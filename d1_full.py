@@ -2,7 +2,7 @@
 
 Reference implementation of "d1: Scaling Reasoning in Diffusion Large Language Models via
 Reinforcement Learning" (Zhao, Gupta, Zheng, Grover; arXiv 2504.12216v2; NeurIPS 2025). Written to
-be read beside the paper: sections 3 to 7 are the mathematics and need torch alone.
+be read beside the paper: sections 3 to 6 are the mathematics and need torch alone.
 
     python d1_full.py --task sudoku                 # both stages on the embedded model, offline
     python d1_full.py --model llada/llada-8b-instruct --use_lora --task sft_only
@@ -31,14 +31,14 @@ Equations
 Deviations: where paper, official code (dllm-reasoning/d1 at 837888f) and this file differ; each
 tag stands at its line below. --preset official switches to theirs where a switch makes sense.
     D1   loss mean: paper within a completion, then over them; official over all tokens; a switch
-    D2   mu distinct prompt masks; official meets half of them twice under accumulation
+    D2   mu distinct q' a prompt, shared by its group; official one a completion, half met twice
     D3   private random streams; official reseeds the global ones at every estimate
     D4   left padding is masked in attention; official attends to it
     D5   Gumbel noise in float32; official draws it in bf16 while training
     D6   no dropout in stage 2, so the first ratio is exactly 1; official leaves LoRA dropout on
     D7   LoRA on every linear layer found in the model; official's names match some only
     D8   the reference is the frozen start of stage 2; official's sync does nothing under LoRA
-    D9   old and reference passes one mask at a time; official all mu masks in one forward
+    D9   old and reference passes hold --logits_gib of logits; official those of all mu masks
     D10  format patterns match work of several lines; official's cannot
     D11  Countdown: .1 needs the right numbers, exact bounded parser; official pays all, calls eval
     D12  MATH's boxed bonus fires; official looks for a mistyped string
@@ -197,6 +197,13 @@ class Settings:
 
     def lengths(self) -> list[int]:
         return [int(n) for n in str(self.eval_lengths).split(",")]
+
+    def masks_shared_by(self) -> int:
+        return 1 if self.preset == "official" else self.group
+
+    def logits_held(self, config) -> int:
+        """How many tokens' logits, in fp32, --logits_gib has room for."""
+        return max(1, int(self.logits_gib * 2**28 / config.vocab_size))
 
 # %% 3. Forward process — Sec. 2, q(x_t | x_0) with the linear schedule alpha_t = 1 - t
 def draw_uniform(shape: Sequence[int], generator: Generator, device) -> Tensor:
@@ -1475,10 +1482,6 @@ class Stage:
         """Learning rate of the current step."""
         return self.lr
 
-    def rows_of_logits(self) -> int:
-        """How many tokens' logits, in fp32, --logits_gib holds."""
-        return max(1, int(self.cfg.logits_gib * 2**28) // self.model.config.vocab_size)
-
     def backward(self, loss: Tensor, share: float = 1.0) -> None:
         """Accumulate the gradient of share * loss; NonFiniteLoss if the loss is no number."""
         if not torch.isfinite(loss):
@@ -1576,7 +1579,7 @@ class MaskedSFT(Stage):
         share = (~keep[mine]).sum() / (~keep).sum()
         x0, t, keep, xt, masked = (v[mine].to(self.device) for v in (x0, t, keep, xt, masked))
         def losses(layer, hidden):
-            return chunked_losses(layer, hidden, x0[masked], self.rows_of_logits())
+            return chunked_losses(layer, hidden, x0[masked], self.cfg.logits_held(self.model.config))
         with precision(self.device), self.dropout_from(*key, mine.start):
             loss, metrics = weighted_nelbo(*logits_at(self.net, xt, masked, compute=losses), masked, t, keep)
         return loss * share.item(), metrics
@@ -1671,15 +1674,16 @@ class DiffuGRPO(Stage):
         rewards = torch.tensor([sum(s.values()) for s in scores], device=self.device)  # (B,)
         question = self.ask(examples[0])[-1]["content"].splitlines()[-1]
         self.sample = f"{question} -> {texts[0]!r} (reward {rewards[0]:.2f})"
-        # [D2] official may meet a mask twice (diffu_grpo_trainer.py:96, 373). here: mu a row, from a stream of its own.
+        # [D2] official masks each completion's prompt anew and, under accumulation, meets half of the masks twice
+        #      (diffu_grpo_trainer.py:96, 373). here, as in Eq. (4): mu different q' a prompt, its group shares them.
         hide = torch.zeros(cfg.mu, *real.shape, dtype=torch.bool, device=self.device)  # (mu, B, P)
         for b, i in enumerate(rows):
             tokens = torch.ones(cfg.mu, len(prompts[b]), dtype=torch.bool)
-            drawn_for = i if cfg.preset == "official" else i // cfg.group
-            hide[:, b, -len(prompts[b]) :] = draw_prompt_mask(tokens, cfg.pmask, stream(cfg.seed, "hide", drawn_for))
+            private = stream(cfg.seed, "hide", i // cfg.masks_shared_by())
+            hide[:, b, -len(prompts[b]) :] = draw_prompt_mask(tokens, cfg.pmask, private)
         # [D9] official runs all mu masks in one forward, 7.7 GiB of logits at 8B. here: as many as --logits_gib holds.
         live, advantages = live_tokens(completion, tok.eos_token_id), group_advantages(rewards, cfg.group)
-        size = max(1, self.rows_of_logits() // completion.numel())
+        size = max(1, cfg.logits_held(self.model.config) * cfg.masks_shared_by() // completion.numel())
         def logps(model, hide):
             return list(one_step_logps(model, prompt, completion, hide, tok.mask_token_id, real, live, size))
         logp_old, logp_ref = [None, *logps(self.model, hide[1:])], []  # the first update starts from the old policy
@@ -2407,14 +2411,15 @@ def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
     total = sum(p.numel() for p in model.parameters()) - adapters
     row_rl = (24 if tiny else cfg.max_prompt) + cfg.gen_length  # tokens of a prompt and its completion
     rows_sft, steps = min(cfg.rows_sft, cfg.bs_sft), cfg.diffusion_steps or cfg.gen_length // 2
+    rows_rl, scored = cfg.bs_rl // cfg.masks_shared_by(), 1 - 1 / cfg.mu + bool(cfg.beta)  # masks of an update
     updates_sft, updates_rl = cfg.steps_sft * sft, cfg.steps_rl * rl * (8 if cfg.task == "table1" else 1)
     back = (4 if cfg.use_lora else 6) + 2 * cfg.grad_checkpoint  # LoRA needs no gradient of the frozen weights
     needs, flops = {"parameters, of which trained": f"{total + adapters:,}, {trained:,}"}, 0.0
     for name, updates, passes, rows, length, cost in (  # passes an update; FLOPs a weight and token
         ("SFT: forward + backward passes", updates_sft, cfg.bs_sft / rows_sft, rows_sft, cfg.sft_length, back),
         ("RL rollouts: forward passes", updates_rl, steps * cfg.grad_accum / cfg.mu, cfg.bs_rl, row_rl, 2),
-        ("RL old, ref: forward passes", updates_rl, cfg.grad_accum * (1 + bool(cfg.beta)), cfg.bs_rl, row_rl, 2),
-        ("RL updates: forward + backward passes", updates_rl, cfg.grad_accum, cfg.bs_rl, row_rl, back),
+        ("RL old, ref: forward passes", updates_rl, scored * cfg.grad_accum, rows_rl, row_rl, 2),
+        ("RL updates: forward + backward passes", updates_rl, cfg.grad_accum, rows_rl, row_rl, back),
     ):
         attention = 2 * config.hidden_size * config.num_hidden_layers * length
         each = passes * rows * length * cost * (total - model.get_input_embeddings().weight.numel() + attention)
@@ -2425,13 +2430,13 @@ def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
     packed = sum(m.weight.numel() for m in block_linears(model).values()) * cfg.load_4bit  # NF4: .516 bytes each
     width = 4 if tiny or not (cfg.use_lora or cfg.eval_only) else 2  # bytes of the others
     copies = 2 if rl and cfg.beta and not cfg.use_lora else 1  # the frozen reference
-    tokens = max(rows_sft * cfg.sft_length * sft, cfg.bs_rl * row_rl * rl)
-    replies = max(rows_sft * cfg.sft_length // 2 * sft, cfg.bs_rl * cfg.gen_length * rl)
+    tokens = max(rows_sft * cfg.sft_length * sft, rows_rl * row_rl * rl)
+    replies = max(min(rows_sft * cfg.sft_length // 2, cfg.logits_held(config)) * sft, rows_rl * cfg.gen_length * rl)
     kept = bytes_per_token(config, cfg.lora_r * cfg.use_lora, cfg.grad_checkpoint) * tokens
     memory = {  # of the activations a part is bf16 copies of fp32 weights
         "weights" + " and reference" * (copies == 2): copies * (packed * 0.516 + (total - packed) * width),
         "adapters": 4 * adapters, "gradients": 4 * trained, "AdamW": 8 * trained, "activations": kept + 2 * trained,
-        "logits": config.vocab_size * (12 * replies + 2 * tokens)}
+        "logits": config.vocab_size * 12 * replies}
     needs["FLOPs of training, a process"] = f"{flops:.2e}: {flops / 2e14 / 3600:,.1f} h at 200 TFLOP/s"
     needs |= {f"memory: {name}": f"{size / 2**30:.3f} GiB" for name, size in memory.items() if size}
     needs["memory: peak, about"] = f"{sum(memory.values()) / 2**30:.2f} GiB"
