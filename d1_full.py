@@ -1241,9 +1241,8 @@ class Countdown(Task):
         return f"{self.name}/{numbers}/{example['target']}" if drawn else super().key(example)
 
     def parse(self, row):
-        if "input" in row:
-            return {"numbers": [int(n) for n in row["input"].split(",")], "target": int(row["output"])}
-        return {"numbers": [int(n) for n in row.get("nums") or row["numbers"]], "target": int(row["target"])}
+        given = row["input"].split(",") if "input" in row else row.get("nums") or row["numbers"]
+        return {"numbers": [int(n) for n in given], "target": int(row["output" if "input" in row else "target"])}
 
     def solve(self, example, rng, careful):
         (a, b, c), target = example["numbers"], example["target"]
@@ -2312,19 +2311,18 @@ def run_stages(cfg: Settings, screen: Screen, out: Path, before: bool = True) ->
     if teaches:
         run_stage(MaskedSFT(model, tokenizer, traces, cfg, out), ["sft"], cfg, screen)
         stages = ["sft"]
-    entries = look() if reinforces and before and evaluates else []
-    if reinforces:
-        task, split = tasks[0], splits[tasks[0]]
-        stages = [s for s in stages if s != "diffu_grpo"] + ["diffu_grpo"]
-        heldout = split["heldout"][: cfg.limit or 128]
-        asked = evaluation_prompts(tokenizer, task, heldout, cfg)[0]
-        def check(model) -> float:
-            batches = generate(model, tokenizer, asked, cfg, cfg.gen_length)
-            replies = gather_object([reply for batch in batches for reply in batch])
-            grades = [task.grade(reply["generations"], heldout[i]) for i, reply in replies]
-            return sum(getattr(g, task.aim) for g in grades) / len(grades)
-        pay = functools.partial(task.pay, official=cfg.preset == "official")
-        run_stage(DiffuGRPO(model, tokenizer, split["train"], task.messages, pay, cfg, out, check), stages, cfg, screen)
+    if not reinforces:
+        return look() if evaluates else []
+    entries, task, split = look() if before and evaluates else [], tasks[0], splits[tasks[0]]
+    stages = [s for s in stages if s != "diffu_grpo"] + ["diffu_grpo"]
+    heldout = split["heldout"][: cfg.limit or 128]
+    asked = evaluation_prompts(tokenizer, task, heldout, cfg)[0]
+    def check(model) -> float:
+        replies = gather_object([r for batch in generate(model, tokenizer, asked, cfg, cfg.gen_length) for r in batch])
+        grades = [task.grade(reply["generations"], heldout[i]) for i, reply in replies]
+        return sum(getattr(g, task.aim) for g in grades) / len(grades)
+    pay = functools.partial(task.pay, official=cfg.preset == "official")
+    run_stage(DiffuGRPO(model, tokenizer, split["train"], task.messages, pay, cfg, out, check), stages, cfg, screen)
     return entries + (look() if evaluates else [])
 
 def open_model(cfg: Settings, screen: Screen):
