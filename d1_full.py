@@ -101,8 +101,15 @@ from torch.utils.checkpoint import checkpoint
 class UserError(Exception):
     """A mistake in flags, files or values that the user can mend: one line, exit status 2."""
 
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; the message names the step and the batch."""
+class Stopped(RuntimeError):
+    """A run that cannot go on or was asked to stop: one line and an exit status; what was saved is kept."""
+
+    def __init__(self, text: str, status: int = 1):
+        super().__init__(text)
+        self.status = status
+
+class NonFiniteLoss(Stopped):
+    """The loss or its gradient was NaN or infinite time after time; the message names the step and the batch."""
 
 def opt(paper, help, source="ours", *, official=None, tiny=None, choices=(), low=None, high=None):
     """Declare a setting. A default may be a dict by task, "*" for the rest; None = as the paper."""
@@ -134,7 +141,8 @@ class Settings:
     skip_sft: bool = opt(False, "go straight to stage 2")
     skip_eval: bool = opt({"sft_only": True, "*": False}, "train only", tiny=False)
     eval_only: bool = opt(False, "evaluate --model on --task and stop")
-    resume: bool = opt(False, "continue the run in --output_dir from its last checkpoint")
+    resume: bool = opt(False, "continue the run in --output_dir from its last good checkpoint")
+    allow_changed: bool = opt(False, "resume although other flags than those of the run that stopped are given")
     dry_run: bool = opt(False, "print settings and cost, load nothing, stop")
     debug: bool = opt(False, "show the traceback of an error")
     # the model
@@ -194,6 +202,8 @@ class Settings:
     limit: int = opt(0, "test problems, and held-out ones at most; 0 = all, 256 of count or generated ones", low=0)
     bs_eval: int = opt(8, "rows decoded at once", tiny=128, low=1)
     save_steps: int = opt(100, "updates between checkpoints and held-out checks", "official train.yaml", tiny=40, low=1)
+    keep: int = opt(2, "checkpoints of a stage to keep; if the last is damaged, --resume takes the one before", low=1)
+    max_skips: int = opt(3, "an update whose gradient is not finite is left out; stop at so many in a row", low=1)
 
     def lengths(self) -> list[int]:
         return [int(n) for n in str(self.eval_lengths).split(",")]
@@ -603,14 +613,14 @@ LLADA_NAMES = {  # LLaDA's names of weights -> those of Llama, whose network it 
     "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj"}
 
 @contextlib.contextmanager
-def refusing(what: str):
-    """Turn a library's complaint about a file into a UserError: `what`, then its words."""
+def refusing(what: str, error: type = UserError):
+    """Turn a library's complaint about a file into an error of ours: `what`, then its words."""
     try:
         yield
-    except UserError:
+    except (UserError, Stopped):
         raise
     except (Exception, SystemExit) as e:  # libraries, and a user's file, raise what they like
-        raise UserError(f"{what}: {' '.join(str(e).split())[:300]} ({type(e).__name__})") from e
+        raise error(f"{what}: {' '.join(str(e).split())[:300]} ({type(e).__name__})") from e
 
 def network_of(source: str, raw: dict):
     """(class, config) in transformers for a checkpoint's config.json `raw`, with attention both ways."""
@@ -785,6 +795,11 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
         return (adapt_with_lora(model, *lora, seed=seed) if lora else model), tokenizer
     name, base = resolve_checkpoint(name)
     raw = read_config(base)
+    for folder in map(Path, {name, base}):
+        known = read_json(folder / "d1_state.json").get("files", {})
+        index = read_json(folder / "model.safetensors.index.json").get("weight_map", {})
+        if bad := [f for f in known if not is_whole(folder / f, known[f])] + [f for f in index.values() if "/" in f]:
+            raise UserError(f"{folder / bad[0]} is not the file that was saved there: take another checkpoint")
     model = load_weights(base, raw, dtype, load_4bit, attn, device)
     plain = {"llada": transformers.PreTrainedTokenizerFast, "Dream": transformers.Qwen2Tokenizer}  # no code of theirs
     with refusing(f"cannot load the tokenizer of {name}"):
@@ -1447,9 +1462,9 @@ class Stage:
         self.params = [p for p in self.net.parameters() if p.requires_grad]
         self.fill_model(empty=True)
         self.share = f".{self.rank}_of_{self.world}" if sharded or zero else ""  # whose part of the state this holds
-        self.checkpoint = self.out / "trainer" / f"{self.name}{self.share}.pt"
         self.best, self.score, self.stale = None, math.nan, 0  # (score, step, weights); the last; checks since a better
-        self.span = 1  # steps from one place to resume at to the next
+        self.skipped = self.flat = 0  # updates in a row: left out, as not finite; with groups that were all paid alike
+        self.batch: list[Rollout] = []  # of stage 2, in use over mu updates
 
     def fill_model(self, empty: bool = False) -> None:
         """Under FSDP, put the weights together in `model`, for passes that not all processes make alike."""
@@ -1482,9 +1497,7 @@ class Stage:
         return self.lr
 
     def backward(self, loss: Tensor, share: float = 1.0) -> None:
-        """Accumulate the gradient of share * loss; NonFiniteLoss if the loss is no number."""
-        if not torch.isfinite(loss):
-            raise NonFiniteLoss(f"{self.name} step {self.step + 1}: the loss is {loss.item()} on {self.batch_name()}")
+        """Accumulate the gradient of share * loss."""
         (self.engine.backward if self.engine else Tensor.backward)(loss * share)
 
     def part(self, last: bool) -> contextlib.AbstractContextManager:
@@ -1494,37 +1507,54 @@ class Stage:
         return contextlib.nullcontext() if last else self.accel.no_sync(self.net)
 
     def apply_gradient(self) -> float:
-        """Clip, update, clear. Returns the gradient's norm before clipping."""
+        """Clip, update, clear. Returns the gradient's norm before clipping; if it is not finite, nothing is updated."""
         for g in self.optimizer.param_groups:
             g["lr"] = self.rate()
         if self.engine:
             self.engine.step()  # the same three; `optimizer` does nothing then
         norm = float(whole(self.accel.clip_grad_norm_(self.params, self.clip or math.inf)))
-        if not 0 <= norm < math.inf:  # DeepSpeed says -1
-            where = f"{self.name} step {self.step + 1}"
-            raise NonFiniteLoss(f"{where}: the gradient's norm is {norm} on {self.batch_name()}")
-        self.optimizer.step()
+        if 0 <= norm < math.inf:  # DeepSpeed says -1
+            self.optimizer.step()
+            self.skipped = 0
+        else:
+            self.skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def set_aside(self, screen: Screen) -> dict[str, float]:
+        """Keep a batch that was left out for a look; NonFiniteLoss at the --max_skips-th in a row."""
+        path = self.out / "trainer" / f"nonfinite-{self.name}-{self.step + 1}.pt"
+        content = dict(name=self.batch_name(), batch=list(map(vars, self.batch)))
+        write_whole(path, lambda part: torch.save(content, part))
+        text = f"{self.name} step {self.step + 1}: no finite loss or gradient on {content['name']}, kept in {path}"
+        if self.skipped >= self.cfg.max_skips or self.engine:  # DeepSpeed has made its update by now
+            raise NonFiniteLoss(f"{text}. The last checkpoint is kept; try a lower learning rate.")
+        screen.say(f"  warning: {text}; update left out, {self.skipped} in a row")
+        return {"skipped": self.skipped}
+
     def run(self, screen: Screen) -> None:
-        """Update until `total` steps are done; log each, save every `save_steps`."""
+        """Update until `total` steps are done; log each, save every `save_steps` and when a signal asks to stop."""
         screen.start(self.name, self.total, self.step)
-        due = False
-        while self.step < self.total and not 0 < self.cfg.patience <= self.stale:
-            began = time.perf_counter()
-            metrics = self.update()
-            self.step += 1
-            metrics |= {"stage": self.name, "step": self.step, "seconds": round(time.perf_counter() - began, 4)}
-            append_jsonl(self.out / "metrics.jsonl", metrics)
-            screen.advance(metrics)
-            due = due or self.step % self.cfg.save_steps == 0
-            if self.step == self.total or (due and self.step % self.span == 0):
-                due = False
-                figures = self.check(screen)
-                append_jsonl(self.out / "metrics.jsonl", {"stage": self.name, "step": self.step, **figures})
-                screen.advance(figures, 0)
-                save_trainer(self)
+        with stop_signals() as came:
+            while self.step < self.total and not 0 < self.cfg.patience <= self.stale:
+                began = time.perf_counter()
+                metrics = self.update()
+                if self.skipped:
+                    metrics = self.set_aside(screen)
+                self.step += 1
+                metrics |= {"stage": self.name, "step": self.step, "seconds": round(time.perf_counter() - began, 4)}
+                append_jsonl(self.out / "metrics.jsonl", metrics)
+                screen.advance(metrics)
+                if checked := self.step == self.total or self.step % self.cfg.save_steps == 0:
+                    figures = self.check(screen)
+                    append_jsonl(self.out / "metrics.jsonl", {"stage": self.name, "step": self.step, **figures})
+                    screen.advance(figures, 0)
+                number = int(self.accel.gather(torch.tensor([max(came, default=0)], device=self.device)).max())
+                if checked or number:
+                    save_trainer(self)
+                if number and self.step < self.total:
+                    where = f"{signal.Signals(number).name} after {self.name} step {self.step}, which is saved"
+                    raise Stopped(f"{where}; the same flags and --resume go on from there", 128 + number)
         screen.stop()
 
 class MaskedSFT(Stage):
@@ -1636,7 +1666,7 @@ class DiffuGRPO(Stage):
         eval_mode(model)
         super().__init__(model, tokenizer, cfg, out, cfg.lr_rl, cfg.wd_rl, cfg.clip_rl, cfg.steps_rl)
         self.examples, self.ask, self.reward, self.heldout = examples, ask, reward, heldout
-        self.batch, self.sample, self.span = [], "", cfg.mu
+        self.sample, self.seen = "", {}
 
     def batch_name(self) -> str:
         i, k = divmod(self.step, self.cfg.mu)
@@ -1712,16 +1742,25 @@ class DiffuGRPO(Stage):
                     eps=self.cfg.eps, beta=self.cfg.beta, norm=self.cfg.norm)
                 self.backward(loss, 1 / len(self.batch))
             row = {"loss": loss, "reward": r.rewards.mean(), "length": r.live.sum(1).float().mean(), **metrics,
+                   "entropy": -(logp * r.live).sum() / r.live.sum(),  # of phi, by the tokens that were drawn
                    "reward_std": r.rewards.view(-1, self.cfg.group).std(1).mean()}  # within a group
             rows.append({n: float(v.detach()) for n, v in row.items()} | r.parts)
-        return {**self.average(rows), "grad_norm": self.apply_gradient(), "inner": k}
+        self.seen = self.average(rows)
+        self.flat = 0 if self.seen["reward_std"] else self.flat + 1
+        return {**self.seen, "grad_norm": self.apply_gradient(), "inner": k}
 
     def check(self, screen: Screen) -> dict[str, float]:
         """Score held-out problems; remember the best weights so far."""
         screen.say(f"  sample: {self.sample}")
-        if self.cfg.rollout_cache != "none":
-            error = sum(r.parts["cache_error"] for r in self.batch) / len(self.batch)
-            screen.say(f"  warning: off-policy rollouts: --rollout_cache changed a token's log p by {error:.3f} nats")
+        kl, entropy, error = (self.seen.get(k, math.nan) for k in ("kl", "entropy", "cache_error"))
+        for wrong, text in (
+            (self.flat >= 5 * self.cfg.mu, f"{self.flat} updates in which all replies to a prompt earned the same"),
+            (kl > 1, f"KL {kl:.1f} nats a token: the policy has run away; lower --lr_rl or raise --beta"),
+            (entropy < 0.01, f"entropy {entropy:.3f} nats a token: replies hardly differ; raise --temperature"),
+            (error >= 0, f"off-policy rollouts: --rollout_cache changed a token's log p by {error:.3f} nats"),
+        ):
+            if wrong:
+                screen.say(f"  warning: {text}")
         if self.heldout is None:
             return {}
         # [D18] official picks its best checkpoint on the test set. here: on held-out training data.
@@ -1898,15 +1937,45 @@ def write_whole(path: Path, write: Callable[[Path], Any], everyone: bool = False
     """Write aside, fsync, rename: after a kill the old file or the new one is there. One process writes, or all."""
     if not (everyone or processes().is_main_process):
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    write(part)
-    part.chmod(0o644)
-    with part.open("rb") as f:
-        os.fsync(f.fileno())
-    if everyone:
-        processes().wait_for_everyone()  # all new or all old
-    os.replace(part, path)
+    with refusing(f"cannot write {path}; what was saved before is kept", Stopped), contextlib.ExitStack() as clean:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clean.callback(part.unlink, missing_ok=True)
+        write(part)
+        part.chmod(0o644)
+        with part.open("rb") as f:
+            os.fsync(f.fileno())
+        if everyone:
+            processes().wait_for_everyone()  # all new or all old
+        os.replace(part, path)
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+def is_whole(path: Path, digest: str) -> bool:
+    """Whether a file is there, can be read and is as it was written."""
+    with contextlib.suppress(OSError):
+        return checksum(path) == digest
+    return False
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Note Ctrl-C and SIGTERM in a list, so that a step can be finished and saved; a second one acts at once."""
+    came, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    def note(number, frame):
+        came.append(number)
+        signal.signal(number, before[number])
+        print("d1_full.py: stops after this step and saves; the same signal again stops at once", file=sys.stderr)
+    own = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    try:
+        for number in before if own else ():
+            signal.signal(number, note)
+        yield came
+    finally:
+        for number, handler in before.items() if own else ():
+            signal.signal(number, handler)
 
 def read_log(path: Path) -> list:
     """The rows of a JSONL log, less a line that a kill cut short; none if there is no file."""
@@ -1938,25 +2007,62 @@ def shard_like(x: Tensor, p: Tensor) -> Tensor:
     return DTensor.from_local(x.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
 
 def save_trainer(stage: Stage) -> None:
-    """trainer/<stage>.pt: weights, optimizer, step, best. Where the state is sharded, a file a process."""
+    """trainer/<stage>-<step>.pt: weights, optimizer, step, best weights, rollouts in use. The last --keep of them stay.
+
+    Where the state is sharded it is a file a process. It counts once manifest.json, written last, has its checksums.
+    """
+    from accelerate.utils import gather_object, send_to_device
     weights, optimizer = [local(p) for p in stage.params], stage.adam.state_dict()
     if not all(bool(torch.isfinite(w).all()) for w in weights):  # never overwrite a good checkpoint with a broken one
         raise NonFiniteLoss(f"{stage.name} step {stage.step}: the weights are no longer finite")
     optimizer["state"] = {i: {k: local(v) for k, v in of_p.items()} for i, of_p in optimizer["state"].items()}
+    batch = send_to_device([vars(r) for r in stage.batch], "cpu")
     state = dict(step=stage.step, weights=weights, optimizer=optimizer, best=stage.best, stale=stage.stale,
-                 score=stage.score, settings=dataclasses.asdict(stage.cfg))
-    write_whole(stage.checkpoint, lambda part: torch.save(state, part), everyone=bool(stage.share))
+                 score=stage.score, batch=batch if stage.share else gather_object(batch), flat=stage.flat,
+                 skipped=stage.skipped, settings=dataclasses.asdict(stage.cfg))
+    folder, name = stage.out / "trainer", f"{stage.name}-{stage.step}{stage.share}.pt"
+    folder.mkdir(parents=True, exist_ok=True)
+    size, free = sum(4 * w.nbytes for w in weights), shutil.disk_usage(folder).free  # with AdamW's two, and the best
+    if free < size:
+        raise Stopped(f"{folder} has room for {free / 2**30:.2f} GiB, and a checkpoint may take {size / 2**30:.2f}; "
+                      "what was saved before is kept: make room and --resume")
+    write_whole(folder / name, lambda part: torch.save(state, part), everyone=bool(stage.share))
+    with refusing(f"cannot read {folder / name} back", Stopped):
+        files = dict(gather_object([(name, checksum(folder / name))] if stage.share or stage.rank == 0 else []))
+    manifest = read_json(folder / "manifest.json")
+    earlier = {step: known for step, known in manifest.get(stage.name, {}).items() if int(step) < stage.step}
+    manifest[stage.name] = dict([*earlier.items(), (str(stage.step), files)][-stage.cfg.keep :])
+    write_json(folder / "manifest.json", manifest)
+    for file in folder.glob(f"{stage.name}-*.pt") if stage.rank == 0 else ():
+        if not any(file.name in files for files in manifest[stage.name].values()):
+            file.unlink()
 
-def load_trainer(stage: Stage) -> bool:
-    """Continue a stage from its last checkpoint; False if there is none. Draws depend on seed and step alone."""
-    path, log = stage.checkpoint, stage.out / "metrics.jsonl"
-    if not (found := path.exists()) and (others := sorted(path.parent.glob(f"{stage.name}.*pt"))):
-        raise UserError(f"{others[0]} is of another number of processes or another sharding: launch as before")
-    if found:
+def whole_checkpoint(stage: Stage, screen: Screen) -> Path | None:
+    """This process's file of the last checkpoint whose files are all as they were written; None if none was."""
+    folder = stage.out / "trainer"
+    saved = read_json(folder / "manifest.json").get(stage.name, {})
+    for step, files in reversed(saved.items()):
+        if bad := [name for name, digest in files.items() if not is_whole(folder / name, digest)]:
+            screen.say(f"  warning: {folder / bad[0]} is damaged: the checkpoint before step {step} is taken")
+        elif (name := f"{stage.name}-{step}{stage.share}.pt") in files:
+            return folder / name
+        else:
+            raise UserError(f"{folder / min(files)} is of another number of processes or sharding: launch as before")
+    if saved:
+        raise UserError(f"no checkpoint of {stage.name} in {folder} is whole: run without --resume")
+    return None
+
+def load_trainer(stage: Stage, screen: Screen) -> bool:
+    """Continue a stage from its last whole checkpoint; False if it has none. Draws depend on seed and step alone."""
+    from accelerate.utils import send_to_device
+    path, log = whole_checkpoint(stage, screen), stage.out / "metrics.jsonl"
+    if path:
         with refusing(f"{path} does not fit this run"), torch.no_grad():
             state = torch.load(path, map_location="cpu", weights_only=True)
             if changed := changed_settings(state["settings"], stage.cfg, "steps_rl"):
-                raise ValueError(f"give the flags of the run that stopped: {', '.join(changed)}")
+                if not stage.cfg.allow_changed:
+                    raise ValueError(f"give --allow_changed, or the flags of then: {', '.join(changed)}")
+                screen.say(f"  changed since then: {', '.join(changed)}")
             for p, saved in zip(stage.params, state["weights"], strict=True):
                 local(p).copy_(saved)
             if stage.engine:
@@ -1964,14 +2070,21 @@ def load_trainer(stage: Stage) -> bool:
             for i, of_p in state["optimizer"].get("state", {}).items():
                 of_p |= {k: shard_like(v, stage.params[i]) for k, v in of_p.items()}
             stage.adam.load_state_dict(state["optimizer"])
-            stage.step, stage.best, stage.stale, stage.score = (state[k] for k in ("step", "best", "stale", "score"))
+            for name in ("step", "best", "stale", "score", "flat", "skipped"):
+                setattr(stage, name, state[name])
+            own = len(state["batch"]) // (1 if stage.share else stage.world)
+            if state["batch"] and own != stage.cfg.grad_accum:
+                raise ValueError("it stopped between inner updates: launch as many processes as then")
+            mine = state["batch"] if stage.share else state["batch"][stage.rank * own :][:own]
+            stage.batch = [Rollout(**send_to_device(r, stage.device)) for r in mine]
     kept = [r for r in read_log(log) if r["stage"] != stage.name or r["step"] <= stage.step]  # others are made again
     write_whole(log, lambda part: part.write_text("".join(json.dumps(r) + "\n" for r in kept)))
-    return found
+    return path is not None
 
 def changed_settings(then: dict, now: Settings, *free: str) -> list[str]:
     """Flags of a saved run that are not as now, but for those that cannot change its result and `free`."""
-    free += ("resume", "output_dir", "config", "threads", "debug", "skip_eval", "dry_run")
+    free += ("resume", "allow_changed", "output_dir", "config", "threads", "debug", "skip_eval", "dry_run", "keep",
+             "max_skips")
     return [f"--{k} {v}" for k, v in then.items() if v != getattr(now, k, None) and k not in free]
 
 def export_model(model, tokenizer, out: Path, state: dict | None = None, form: str = "") -> None:
@@ -2010,7 +2123,7 @@ def export_model(model, tokenizer, out: Path, state: dict | None = None, form: s
         for file in sorted(p for p in saved.iterdir() if p.is_file() and p.name != "README.md"):
             write_whole(out / file.name, lambda part, file=file: shutil.move(file, part))
     if state:
-        write_json(out / "d1_state.json", state)
+        write_json(out / "d1_state.json", state | {"files": {p.name: checksum(p) for p in out.glob("*.safetensors")}})
 
 # %% 14. Screen and logs
 class Screen:
@@ -2255,8 +2368,16 @@ def say_sizes(task: Task, splits: dict[str, list[dict]], screen: Screen) -> None
     shared = sum(len(keys[a] & keys[b]) for a, b in itertools.combinations(keys, 2))
     screen.say(f"{task.name} problems: {sizes}; in two splits: {shared}")
 
-def prepare_folder(cfg: Settings, out: Path, screen: Screen) -> None:
-    """Make the run's folder; an earlier run in it is moved aside, unless it is resumed or only evaluated."""
+def prepare_folder(cfg: Settings, out: Path, screen: Screen) -> contextlib.AbstractContextManager:
+    """Make the run's folder, locked; an earlier run in it is moved aside, unless it is resumed or only evaluated."""
+    import filelock
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0)  # the system frees it when a run dies
+    if processes().is_main_process:
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UserError(f"another run works in {out}: wait for it, or give another --output_dir") from None
     if processes().is_main_process and (out / "metrics.jsonl").exists() and not (cfg.resume or cfg.eval_only):
         if cfg.model != "tiny" and out.resolve() in [Path(cfg.model).resolve(), *Path(cfg.model).resolve().parents]:
             raise UserError(f"--model {cfg.model} lies in {out}, where this run would write: give another --output_dir")
@@ -2265,12 +2386,13 @@ def prepare_folder(cfg: Settings, out: Path, screen: Screen) -> None:
         screen.say(f"an earlier run was in {out}; it is now in {aside}")
     out.mkdir(parents=True, exist_ok=True)
     processes().wait_for_everyone()
+    return lock
 
 def run_stage(stage: Stage, stages: list[str], cfg: Settings, screen: Screen) -> None:
     """Resume if asked, train, export with what d1_state.json tells: stages passed, settings, versions, commit, argv."""
     import transformers
     if cfg.resume:
-        begins = f"resumed after step {stage.step}" if load_trainer(stage) else "from the start"
+        begins = f"resumed after step {stage.step}" if load_trainer(stage, screen) else "from the start"
         screen.say(f"{stage.name}: {begins}")
     stage.run(screen)
     stage.finish(screen)
@@ -2297,7 +2419,7 @@ def run_stages(cfg: Settings, screen: Screen, out: Path, before: bool = True) ->
     names = ("train", "heldout", "test") if reinforces else ("test",) * evaluates
     splits = {task: {name: problems_of(cfg, task, name) for name in names} for task in tasks}
     traces = sft_rows(cfg, tokenizer, tasks, screen) if teaches else []
-    prepare_folder(cfg, out, screen)
+    _lock = prepare_folder(cfg, out, screen)  # held as long as this function runs
     def look() -> list[dict]:
         row = "d1" if {"sft", "diffu_grpo"} <= set(stages) else ["base", *stages][-1]
         return [e for t, split in splits.items()
@@ -2454,7 +2576,7 @@ def run(argv: Sequence[str] | None) -> None:
         export_model(model, tokenizer, Path(cfg.output_dir), form=cfg.export)
         return screen.say(f"{cfg.model} is now in {cfg.output_dir}, in the form {cfg.export}")
     began, out = time.monotonic(), Path(cfg.output_dir) / {"sft_only": "sft"}.get(cfg.task, cfg.task)
-    if cfg.resume and not (out.exists() if cfg.task == "table1" else any(out.glob("trainer/*.pt"))):
+    if cfg.resume and not (out.exists() if cfg.task == "table1" else (out / "trainer" / "manifest.json").exists()):
         raise UserError(f"nothing to resume in {out}: run without --resume")
     try:
         entries = run_table1(cfg, screen, out, given) if cfg.task == "table1" else run_stages(cfg, screen, out)
@@ -2465,18 +2587,16 @@ def run(argv: Sequence[str] | None) -> None:
     screen.say(f"done in {(time.monotonic() - began) / 60:.1f} min; results are in {out}")
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status: 0 done, 1 stopped, 2 wrong input, 130 Ctrl-C."""
+    """Run the command line. Returns the exit status: 0 done, 1 stopped, 2 wrong input, 130 Ctrl-C, 143 SIGTERM."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' notes to their own developers
     logging.disable(logging.ERROR)
     try:
         run(argv)
-    except (UserError, NonFiniteLoss, OSError, argparse.ArgumentError) as e:
+    except (UserError, Stopped, OSError, argparse.ArgumentError) as e:
         if "--debug" in (sys.argv if argv is None else argv):
             raise
-        stopped = isinstance(e, NonFiniteLoss)
-        advice = ". The last checkpoint is kept; try a lower learning rate." * stopped
-        print(f"d1_full.py: {'stopped' if stopped else 'error'}: {e}{advice}", file=sys.stderr)
-        return 1 if stopped else 2
+        print(f"d1_full.py: {'stopped' if isinstance(e, Stopped) else 'error'}: {e}", file=sys.stderr)
+        return getattr(e, "status", 2)
     except KeyboardInterrupt:
         print("d1_full.py: stopped by Ctrl-C; the same flags and --resume go on from a checkpoint", file=sys.stderr)
         return 130

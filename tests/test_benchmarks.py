@@ -187,7 +187,7 @@ def test_patience_stops_at_a_plateau_and_both_accuracies_are_told(tiny, quick, t
     assert stage.step == 8 and stage.best[:2] == (0.5, 8)  # .2 .5 .4 .5: the two last were no better
     again = d1.DiffuGRPO(*d1.load_model("tiny"), task.examples("train", 4), task.messages, task.pay, cfg, tmp_path,
                          lambda model: next(scores))
-    assert d1.load_trainer(again) and again.stale == 2
+    assert d1.load_trainer(again, screen) and again.stale == 2
     again.run(screen)  # a resumed run has stopped too
     assert again.step == 8
     again.best = (0.5, 4, again.best[2])

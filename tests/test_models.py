@@ -477,7 +477,7 @@ def main():
             for name, p in model.named_parameters():
                 p.data.copy_(below[name]) if "lora_" not in name else None
         stage = d1.MaskedSFT(model, tok, rows, cfg, out)
-        assert d1.load_trainer(stage) and stage.step == 4
+        assert d1.load_trainer(stage, screen) and stage.step == 4
         stage.run(screen)
         stage.finish(screen)
     d1.save_trainer = save

@@ -83,7 +83,7 @@ def test_a_resumed_run_equals_an_unbroken_one(tiny, quick, tmp_path, screen, kin
         first.rate = lambda: whole_rate(first, total)
     first.run(screen)
     second = make(tmp_path / "parts", total)
-    assert d1.load_trainer(second) and second.step == total // 2
+    assert d1.load_trainer(second, screen) and second.step == total // 2
     second.run(screen)
     assert torch.equal(weights(whole), weights(second))
     for a, b in zip(whole.optimizer.state.values(), second.optimizer.state.values(), strict=True):
@@ -218,16 +218,17 @@ def test_a_non_finite_loss_stops_with_step_and_batch_and_keeps_the_checkpoint(ti
     stage = sft(quick(), tiny, tmp_path) if kind == "sft" else grpo(quick(), tiny, tmp_path)
     stage.total = 2
     stage.run(screen)
-    kept = (tmp_path / "trainer" / f"{stage.name}.pt").read_bytes()
+    kept = (tmp_path / "trainer" / f"{stage.name}-2.pt").read_bytes()
     good = weights(stage)
     with torch.no_grad():
         stage.model.get_input_embeddings().weight.fill_(float("nan"))
-    stage.total, stage.batch = 4, []
-    with pytest.raises(d1.NonFiniteLoss, match=r"step 3: the loss is nan on .*\[\d+"):
+    stage.total, stage.batch, stage.cfg.save_steps = 6, [], 100
+    with pytest.raises(d1.NonFiniteLoss, match=r"step 5: no finite loss or gradient on .*\[\d+"):
         stage.run(screen)
-    assert (tmp_path / "trainer" / f"{stage.name}.pt").read_bytes() == kept
+    assert (tmp_path / "trainer" / f"{stage.name}-2.pt").read_bytes() == kept
+    assert "batch" in torch.load(tmp_path / "trainer" / f"nonfinite-{stage.name}-5.pt", weights_only=True)
     fresh = sft(quick(), tiny, tmp_path) if kind == "sft" else grpo(quick(), tiny, tmp_path)
-    d1.load_trainer(fresh)
+    d1.load_trainer(fresh, screen)
     assert torch.equal(weights(fresh), good)
 
 
