@@ -120,6 +120,7 @@ def opt(paper, help, source="ours", *, official=None, tiny=None, choices=(), low
 RL_TASKS = ("gsm8k", "math500", "count", "sudoku", "custom")
 TASK_CHOICES = ("sft_only", *RL_TASKS, "table1")
 CACHES = ("none", "prefix", "dual")  # of keys and values, see BlockCache
+HUB_SECONDS = 10  # until a hub that says nothing counts as out of reach
 HUB_ROWS = 20000  # more problems than the paper's longest run draws
 
 @dataclasses.dataclass
@@ -703,10 +704,18 @@ def resolve_checkpoint(name: str) -> tuple[str, str]:
     adapter = read_json(Path(name, "adapter_config.json"))
     return name, (resolve_checkpoint(str(adapter.get("base_model_name_or_path")))[0] if adapter else name)
 
+def ask_hub(name: str, kind: str) -> None:
+    """Raise at once, not after the minutes of retries that a download makes, if the hub does not know or answer."""
+    from huggingface_hub import HfApi, constants
+    if not constants.HF_HUB_OFFLINE:
+        HfApi().repo_info(name, repo_type=kind, timeout=HUB_SECONDS)
+
 def read_config(name: str) -> dict:
     """config.json of a folder or hub id, as a dict."""
     from transformers import PretrainedConfig
-    with refusing(f"cannot load {name}; without a network give --model a local folder"):
+    with refusing(f"cannot load {name}; without a network give --model a local folder, or set HF_HUB_OFFLINE=1"):
+        if not Path(name).is_dir():
+            ask_hub(name, "model")
         return dict(PretrainedConfig.get_config_dict(name)[0])
 
 def sdpa_after_fp32(module, query, key, value, *args, **options):
@@ -1138,6 +1147,7 @@ def read_rows(data: str, split: str) -> list[dict]:
         elif path.suffix == ".parquet":  # streamed: nothing is left in a cache, nothing stale is read from one
             rows = list(datasets.load_dataset("parquet", data_files=data, split="train", streaming=True))
         else:
+            ask_hub(data.split(":")[0], "dataset")
             hub = datasets.load_dataset(*data.split(":"), split="test" if split == "test" else "train", streaming=True)
             rows = list(itertools.islice(hub, HUB_ROWS))
         if not rows or not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
@@ -2350,8 +2360,11 @@ def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
         sizes = {"train": max(min(draws, 20000), 1), "heldout": 128, "test": cfg.limit or 256}
         return task.examples(split, sizes[split], seed=cfg.seed if split == "train" else 0)
     import datasets
-    with refusing(f"cannot read {source}; without a network give a local file"):  # a hub set may have a test split
-        own_test = not Path(source).is_file() and "test" in datasets.get_dataset_split_names(*source.split(":"))
+    own_test = False  # a hub set may have a test split
+    with refusing(f"cannot read {source}; without a network give a local file"):
+        if not Path(source).is_file():
+            ask_hub(source.split(":")[0], "dataset")
+            own_test = "test" in datasets.get_dataset_split_names(*source.split(":"))
     rows = task.examples("test" if split == "test" and own_test else "train", data=source)
     rows = [r for r in rows if source != task.hub or task.hub_keeps(r)]
     if split != "test" or not (own_test or (cfg.eval_only and cfg.data)):

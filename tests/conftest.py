@@ -10,7 +10,7 @@ import torch
 
 import d1_full as d1
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the files are shared out to two processes, see .pytest.ini
 MASK = 0
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -228,6 +229,22 @@ def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
     other.wait()
     assert run("--skip_eval", out=tmp_path) == 0
     filelock.FileLock(tmp_path / ".sudoku.lock").acquire(timeout=0)  # free again after a run
+
+
+def test_a_hub_that_is_out_of_reach_or_says_nothing_is_one_line_in_seconds(tmp_path, capsys, monkeypatch):
+    from huggingface_hub import constants
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        for port in (9, mute.getsockname()[1]):
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+            monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+            monkeypatch.setattr(d1, "HUB_SECONDS", 0.3)
+            for flags, advice in (["--model", "an/id"], "give --model a local folder"), (
+                    ["--data", "an/id"], "give a local file"):
+                assert d1.main(["--task", "gsm8k", *flags, "--output_dir", str(tmp_path)]) == 2
+                said = capsys.readouterr().err
+                assert said.count("\n") == 1 and advice in said
 
 
 # ---- properties
