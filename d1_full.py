@@ -2609,6 +2609,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"d1_full.py: {'stopped' if isinstance(e, Stopped) else 'error'}: {e}", file=sys.stderr)
         return getattr(e, "status", 2)
+    except (torch.OutOfMemoryError, MemoryError) as e:
+        print(f"d1_full.py: stopped: out of memory ({str(e).splitlines()[0]}); try a smaller --bs_rl, --rows_sft or "
+              "--bs_eval, --grad_checkpoint, --use_lora, --load_4bit; --dry_run shows what takes it", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("d1_full.py: stopped by Ctrl-C; the same flags and --resume go on from a checkpoint", file=sys.stderr)
         return 130

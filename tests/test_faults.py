@@ -218,6 +218,16 @@ def test_an_unreadable_checkpoint_counts_as_damaged(tmp_path, capsys, monkeypatc
     assert "sft-4.pt is damaged" in " ".join(shown.out.split()) and "sft-4.pt back" in shown.err
 
 
+def test_out_of_memory_is_one_line_with_advice(tmp_path, capsys, monkeypatch):
+    def update(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(d1.MaskedSFT, "update", update)
+    assert run(out=tmp_path) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "out of memory (CUDA out of memory" in said and "--rows_sft" in said
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
     code = "import filelock, sys; held = filelock.FileLock(sys.argv[1]).acquire(); print(1, flush=True); input()"
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / ".sudoku.lock")],
