@@ -109,7 +109,7 @@ class Stopped(RuntimeError):
         self.status = status
 
 class NonFiniteLoss(Stopped):
-    """The loss or its gradient was NaN or infinite time after time; the message names the step and the batch."""
+    """Losses or gradients were NaN or infinite; the message names the step and the batch."""
 
 def opt(paper, help, source="ours", *, official=None, tiny=None, choices=(), low=None, high=None):
     """Declare a setting. A default may be a dict by task, "*" for the rest; None = as the paper."""
@@ -473,7 +473,8 @@ class BlockCache:
 
     def __init__(self, model, cache: str, lo: int, hi: int, length: int, refresh: int):
         place = torch.arange(length, device=next(model.parameters()).device)
-        kept = (place < lo) | ((place >= hi) & (cache == "dual"))
+        reads = lo - bool(getattr(model.config, "shift_logits", False))  # Dream has the first token's logits before it
+        kept = (place < reads) | ((place >= hi) & (cache == "dual"))
         self.model, self.kept, self.fresh = model, place[kept], place[~kept]
         self.refresh, self.age = refresh, 0  # in steps
 
@@ -804,10 +805,12 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
     name, base = resolve_checkpoint(name)
     raw = read_config(base)
     for folder in map(Path, {name, base}):
-        known = read_json(folder / "d1_state.json").get("files", {})
-        index = read_json(folder / "model.safetensors.index.json").get("weight_map", {})
-        if bad := [f for f in known if not is_whole(folder / f, known[f])] + [f for f in index.values() if "/" in f]:
-            raise UserError(f"{folder / bad[0]} is not the file that was saved there: take another checkpoint")
+        with refusing(f"cannot load {folder}"):
+            known = read_json(folder / "d1_state.json").get("files", {})
+            index = read_json(folder / "model.safetensors.index.json").get("weight_map", {})
+            bad = [f for f in known if not is_whole(folder / f, known[f])]
+            if bad := bad + [f for f in index.values() if "/" in f]:
+                raise UserError(f"{folder / bad[0]} is not the file that was saved there: take another checkpoint")
     model = load_weights(base, raw, dtype, load_4bit, attn, device)
     plain = {"llada": transformers.PreTrainedTokenizerFast, "Dream": transformers.Qwen2Tokenizer}  # no code of theirs
     with refusing(f"cannot load the tokenizer of {name}"):
@@ -1463,7 +1466,7 @@ class Stage:
         # `net` is the model as it is trained: with several processes, its backward averages the gradient over them.
         # FSDP shards a twin with the same parameters, so that `model` stays a plain one, which `fill_model` fills.
         # DeepSpeed shards the optimizer alone; its engine's forward pass would turn autocast off.
-        net = copy.deepcopy(model, {id(p): p for p in model.parameters()}) if sharded else model
+        net = twin(model, {id(p): p for p in model.parameters()}) if sharded else model
         params = [p for p in net.parameters() if p.requires_grad]
         self.adam = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=wd, fused=True)
         prepared, self.optimizer = self.accel.prepare(net, self.adam)
@@ -1474,6 +1477,8 @@ class Stage:
         self.best, self.score, self.stale = None, math.nan, 0  # (score, step, weights); the last; checks since a better
         self.skipped = self.flat = 0  # updates in a row: left out, as not finite; with groups that were all paid alike
         self.batch: list[Rollout] = []  # of stage 2, in use over mu updates
+        self.owed = False  # a held-out check that a signal put off
+        self.sound = True  # every loss of this update was finite on this process
 
     def fill_model(self, empty: bool = False) -> None:
         """Under FSDP, put the weights together in `model`, for passes that not all processes make alike."""
@@ -1507,6 +1512,7 @@ class Stage:
 
     def backward(self, loss: Tensor, share: float = 1.0) -> None:
         """Accumulate the gradient of share * loss."""
+        self.sound = self.sound and bool(torch.isfinite(loss))
         (self.engine.backward if self.engine else Tensor.backward)(loss * share)
 
     def part(self, last: bool) -> contextlib.AbstractContextManager:
@@ -1524,7 +1530,7 @@ class Stage:
         norm = float(whole(self.accel.clip_grad_norm_(self.params, self.clip or math.inf)))
         if 0 <= norm < math.inf:  # DeepSpeed says -1
             self.optimizer.step()
-            self.skipped = 0
+            self.skipped, self.sound = 0, True
         else:
             self.skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
@@ -1532,18 +1538,30 @@ class Stage:
 
     def set_aside(self, screen: Screen) -> dict[str, float]:
         """Keep a batch that was left out for a look; NonFiniteLoss at the --max_skips-th in a row."""
-        path = self.out / "trainer" / f"nonfinite-{self.name}-{self.step + 1}.pt"
+        from accelerate.utils import gather_object
         content = dict(name=self.batch_name(), batch=list(map(vars, self.batch)))
-        write_whole(path, lambda part: torch.save(content, part))
-        text = f"{self.name} step {self.step + 1}: no finite loss or gradient on {content['name']}, kept in {path}"
+        path = self.out / "trainer" / f"nonfinite-{self.name}-{self.step + 1}{f'.{self.rank}' * (self.world > 1)}.pt"
+        write_whole(path, lambda part: torch.save(content, part), everyone=True)
+        names = gather_object([] if self.sound else [content["name"]]) or [content["name"]]
+        self.sound = True
+        text = f"{self.name} step {self.step + 1}: no finite loss or gradient on {'; '.join(names)}, kept in {path}"
         if self.skipped >= self.cfg.max_skips or self.engine:  # DeepSpeed has made its update by now
-            raise NonFiniteLoss(f"{text}. The last checkpoint is kept; try a lower learning rate.")
+            raise NonFiniteLoss(f"{text}. The last checkpoint is kept; try a lower learning rate and --allow_changed.")
         screen.say(f"  warning: {text}; update left out, {self.skipped} in a row")
         return {"skipped": self.skipped}
+
+    def look(self, screen: Screen) -> None:
+        """The held-out check, logged."""
+        figures = self.check(screen)
+        append_jsonl(self.out / "metrics.jsonl", {"stage": self.name, "step": self.step, **figures})
+        screen.advance(figures, 0)
+        self.owed = False
 
     def run(self, screen: Screen) -> None:
         """Update until `total` steps are done; log each, save every `save_steps` and when a signal asks to stop."""
         screen.start(self.name, self.total, self.step)
+        if self.owed:
+            self.look(screen)
         with stop_signals() as came:
             while self.step < self.total and not 0 < self.cfg.patience <= self.stale:
                 began = time.perf_counter()
@@ -1554,14 +1572,14 @@ class Stage:
                 metrics |= {"stage": self.name, "step": self.step, "seconds": round(time.perf_counter() - began, 4)}
                 append_jsonl(self.out / "metrics.jsonl", metrics)
                 screen.advance(metrics)
-                if checked := self.step == self.total or self.step % self.cfg.save_steps == 0:
-                    figures = self.check(screen)
-                    append_jsonl(self.out / "metrics.jsonl", {"stage": self.name, "step": self.step, **figures})
-                    screen.advance(figures, 0)
                 number = int(self.accel.gather(torch.tensor([max(came, default=0)], device=self.device)).max())
-                if checked or number:
+                due = self.step == self.total or self.step % self.cfg.save_steps == 0
+                if due and not number:
+                    self.look(screen)
+                if due or number:
+                    self.owed = due and number > 0
                     save_trainer(self)
-                if number and self.step < self.total:
+                if number:
                     where = f"{signal.Signals(number).name} after {self.name} step {self.step}, which is saved"
                     raise Stopped(f"{where}; the same flags and --resume go on from there", 128 + number)
         screen.stop()
@@ -1579,6 +1597,8 @@ class MaskedSFT(Stage):
         held = max(1, len(rows) // 100)
         self.heldout = [rows[i] for i in order[:held]]
         self.rows = [rows[i] for i in order[held:]] or self.heldout
+        self.scales_logits = any(  # after its output layer, as Gemma 2, Cohere and Granite do
+            getattr(model.config, k, None) for k in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
         check_positions(model, cfg.sft_length + cfg.sft_extra)
         if all(prompt_len >= cfg.sft_length for _, prompt_len in rows):
             raise UserError(f"--sft_length {cfg.sft_length} leaves no room for a reply after the prompts")
@@ -1619,7 +1639,11 @@ class MaskedSFT(Stage):
         def losses(layer, hidden):
             return chunked_losses(layer, hidden, x0[masked], self.cfg.logits_held(self.model.config))
         with precision(self.device), self.dropout_from(*key, mine.start):
-            loss, metrics = weighted_nelbo(*logits_at(self.net, xt, masked, compute=losses), masked, t, keep)
+            if self.scales_logits:
+                found = token_losses(logits_at(self.net, xt, masked), x0[masked])
+            else:
+                found = logits_at(self.net, xt, masked, compute=losses)
+            loss, metrics = weighted_nelbo(*found, masked, t, keep)
         return loss * share.item(), metrics
 
     def update(self) -> dict[str, float]:
@@ -1701,6 +1725,7 @@ class DiffuGRPO(Stage):
         prompts = [p[-cfg.max_prompt :] for p in encoded for _ in range(cfg.group)]
         prompt, real = pad_left(prompts, tok.pad_token_id, self.device)  # (B, P)
         rows = range(micro * cfg.bs_rl, (micro + 1) * cfg.bs_rl)  # global numbers, which key the random streams
+        self.model.eval()
         frames = list(diffuse_steps(
             self.model, prompt, mask_id=tok.mask_token_id, attention_mask=real, gen_length=cfg.gen_length,
             block_length=cfg.block_length, steps=cfg.diffusion_steps or None, temperature=cfg.temperature,
@@ -1741,6 +1766,7 @@ class DiffuGRPO(Stage):
             with precision(self.device):
                 self.batch = [self.draw(micro) for micro in self.micro_batches(batch)]
             self.fill_model(empty=True)
+        eval_mode(self.net)
         rows = []
         for r in self.batch:
             with self.part(last=r is self.batch[-1]), precision(self.device):
@@ -1799,10 +1825,18 @@ def eval_mode(model) -> None:
     for module in model.modules():
         module.training = bool(getattr(module, "gradient_checkpointing", False))
 
+def twin(model, memo: dict | None = None):
+    """A deep copy, its blocks compiled if the model's are: copy leaves that out."""
+    made = copy.deepcopy(model, memo)
+    for of_model, of_copy in zip(model.modules(), made.modules(), strict=True):
+        if of_model._compiled_call_impl is not None:
+            of_copy.compile(dynamic=True)
+    return made
+
 def freeze_reference(model) -> Callable[[], contextlib.AbstractContextManager]:
     """A function whose context manager gives the policy as it is now: under LoRA without the adapter to train."""
     if not hasattr(model, "peft_config"):
-        frozen = copy.deepcopy(model).eval().requires_grad_(False)
+        frozen = twin(model).eval().requires_grad_(False)
         return lambda: contextlib.nullcontext(frozen)
     learned = {n: p for n, p in model.named_parameters() if ".default." in n}
     if any(bool(p.any()) for n, p in learned.items() if "lora_B" in n):  # stage 1 in this same run
@@ -1854,7 +1888,7 @@ def generate(model, tokenizer, prompts: list[list[int]], cfg: Settings, gen_leng
 
     Yields pairs (number, {"generations", "effective_tokens", "ended"}): text, tokens before the EOS, if it came.
     """
-    eval_mode(model)
+    model.eval()  # all of it: a layer in training mode that checkpoints gradients would keep no keys and values
     check_positions(model, max(map(len, prompts)) + gen_length)
     device = next(model.parameters()).device
     order = sorted(range(len(prompts)) if todo is None else todo, key=lambda i: len(prompts[i]))  # equals pad least
@@ -1884,7 +1918,7 @@ def entry_of(task: Task, row: str, gen_length: int, records: list[dict], example
     entry |= dict(official=sum(g.score for g in official) / n, answered=sum(g.answer is not None for g in grades) / n)
     entry |= {k: sum(r[k] for r in records) / n for k in ("effective_tokens", "ended")}
     return entry | dict(model=cfg.model, seed=cfg.seed, limit=cfg.limit, data=cfg.data, cache=cfg.cache,
-                        threshold=cfg.threshold)
+                        refresh=cfg.refresh, threshold=cfg.threshold)
 
 def finished_replies(path: Path, stamp: str) -> dict[int, dict]:
     """Replies to the same prompts by the same weights that an earlier evaluation left, whole or stopped, by number."""
@@ -1904,6 +1938,8 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
     weights = [p.sum(dtype=torch.float32).item() for p in model.parameters()]
     weights += [m.scaling for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]  # LoRA's alpha
     label, rank, entries = row + (f"_{Path(cfg.data).stem}" if cfg.data else ""), processes().process_index, []
+    if cfg.cache != "none" or cfg.threshold:
+        label += f"_{cfg.cache}_{cfg.threshold}"
     for length in cfg.lengths():
         began = time.perf_counter()
         path = out / "generations" / f"{task.official_name}_{label}_{length}_{length // 2}_0_generations.json"
@@ -1933,7 +1969,8 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
     path = out / "eval.json"
     with refusing(f"cannot read {path}"):
         earlier = json.loads(path.read_text()) if path.exists() else []
-        merged = {(e["task"], e["row"], e["gen_length"], e["data"]): e for e in [*earlier, *entries]}
+        names = "task", "row", "gen_length", "data", "cache", "refresh", "threshold"
+        merged = {tuple(e.get(k) for k in names): e for e in [*earlier, *entries]}
     write_json(path, list(merged.values()))
     return entries
 
@@ -2015,6 +2052,8 @@ def shard_like(x: Tensor, p: Tensor) -> Tensor:
         return x
     return DTensor.from_local(x.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
 
+SAVED = ("step", "best", "stale", "score", "flat", "skipped", "owed")  # of a stage's attributes
+
 def save_trainer(stage: Stage) -> None:
     """trainer/<stage>-<step>.pt: weights, optimizer, step, best weights, rollouts in use. The last --keep of them stay.
 
@@ -2022,41 +2061,49 @@ def save_trainer(stage: Stage) -> None:
     """
     from accelerate.utils import gather_object, send_to_device
     weights, optimizer = [local(p) for p in stage.params], stage.adam.state_dict()
-    if not all(bool(torch.isfinite(w).all()) for w in weights):  # never overwrite a good checkpoint with a broken one
-        raise NonFiniteLoss(f"{stage.name} step {stage.step}: the weights are no longer finite")
-    optimizer["state"] = {i: {k: local(v) for k, v in of_p.items()} for i, of_p in optimizer["state"].items()}
-    batch = send_to_device([vars(r) for r in stage.batch], "cpu")
-    state = dict(step=stage.step, weights=weights, optimizer=optimizer, best=stage.best, stale=stage.stale,
-                 score=stage.score, batch=batch if stage.share else gather_object(batch), flat=stage.flat,
-                 skipped=stage.skipped, settings=dataclasses.asdict(stage.cfg))
     folder, name = stage.out / "trainer", f"{stage.name}-{stage.step}{stage.share}.pt"
     folder.mkdir(parents=True, exist_ok=True)
+    finite = all(bool(torch.isfinite(w).all()) for w in weights)
     size, free = sum(4 * w.nbytes for w in weights), shutil.disk_usage(folder).free  # with AdamW's two, and the best
-    if free < size:
+    whole = gather_object([(finite, free >= size)])  # so that all processes stop, or none
+    if not all(finite for finite, _ in whole):  # never overwrite a good checkpoint with a broken one
+        raise NonFiniteLoss(f"{stage.name} step {stage.step}: the weights are no longer finite")
+    if not all(room for _, room in whole):
         raise Stopped(f"{folder} has room for {free / 2**30:.2f} GiB, and a checkpoint may take {size / 2**30:.2f}; "
                       "what was saved before is kept: make room and --resume")
+    optimizer["state"] = {i: {k: local(v) for k, v in of_p.items()} for i, of_p in optimizer["state"].items()}
+    batch = send_to_device([vars(r) for r in stage.batch], "cpu") if stage.step % stage.cfg.mu else []
+    state = dict(weights=weights, optimizer=optimizer, batch=batch if stage.share else gather_object(batch),
+                 settings=dataclasses.asdict(stage.cfg), **{k: getattr(stage, k) for k in SAVED})
     write_whole(folder / name, lambda part: torch.save(state, part), everyone=bool(stage.share))
     with refusing(f"cannot read {folder / name} back", Stopped):
-        files = dict(gather_object([(name, checksum(folder / name))] if stage.share or stage.rank == 0 else []))
-    manifest = read_json(folder / "manifest.json")
-    earlier = {step: known for step, known in manifest.get(stage.name, {}).items() if int(step) < stage.step}
-    manifest[stage.name] = dict([*earlier.items(), (str(stage.step), files)][-stage.cfg.keep :])
-    write_json(folder / "manifest.json", manifest)
-    for file in folder.glob(f"{stage.name}-*.pt") if stage.rank == 0 else ():
-        if not any(file.name in files for files in manifest[stage.name].values()):
-            file.unlink()
+        own = [(name, checksum(folder / name))] if stage.share or stage.rank == 0 else []
+    files = dict(gather_object(own))
+    if stage.rank == 0:
+        manifest = read_json(folder / "manifest.json")
+        earlier = {step: known for step, known in manifest.get(stage.name, {}).items() if int(step) < stage.step}
+        manifest[stage.name] = dict([*earlier.items(), (str(stage.step), files)][-stage.cfg.keep :])
+        write_json(folder / "manifest.json", manifest)
+        for file in folder.glob(f"{stage.name}-*.pt"):
+            if not any(file.name in files for files in manifest[stage.name].values()):
+                file.unlink()
 
 def whole_checkpoint(stage: Stage, screen: Screen) -> Path | None:
     """This process's file of the last checkpoint whose files are all as they were written; None if none was."""
+    from accelerate.utils import broadcast_object_list
     folder = stage.out / "trainer"
-    saved = read_json(folder / "manifest.json").get(stage.name, {})
+    saved, found = read_json(folder / "manifest.json").get(stage.name, {}) if stage.rank == 0 else {}, {}
     for step, files in reversed(saved.items()):
         if bad := [name for name, digest in files.items() if not is_whole(folder / name, digest)]:
             screen.say(f"  warning: {folder / bad[0]} is damaged: the checkpoint before step {step} is taken")
-        elif (name := f"{stage.name}-{step}{stage.share}.pt") in files:
-            return folder / name
         else:
-            raise UserError(f"{folder / min(files)} is of another number of processes or sharding: launch as before")
+            found = {step: files}
+            break
+    saved, found = broadcast_object_list([saved, found])  # all processes take the same
+    for step, files in found.items():
+        if (name := f"{stage.name}-{step}{stage.share}.pt") in files:
+            return folder / name
+        raise UserError(f"{folder / min(files)} is of another number of processes or sharding: launch as before")
     if saved:
         raise UserError(f"no checkpoint of {stage.name} in {folder} is whole: run without --resume")
     return None
@@ -2079,13 +2126,14 @@ def load_trainer(stage: Stage, screen: Screen) -> bool:
             for i, of_p in state["optimizer"].get("state", {}).items():
                 of_p |= {k: shard_like(v, stage.params[i]) for k, v in of_p.items()}
             stage.adam.load_state_dict(state["optimizer"])
-            for name in ("step", "best", "stale", "score", "flat", "skipped"):
+            for name in SAVED:
                 setattr(stage, name, state[name])
             own = len(state["batch"]) // (1 if stage.share else stage.world)
-            if state["batch"] and own != stage.cfg.grad_accum:
-                raise ValueError("it stopped between inner updates: launch as many processes as then")
             mine = state["batch"] if stage.share else state["batch"][stage.rank * own :][:own]
-            stage.batch = [Rollout(**send_to_device(r, stage.device)) for r in mine]
+            if mine and (changed or own != stage.cfg.grad_accum):
+                screen.say("  warning: it stopped between inner updates, and its rollouts no longer fit: drawn anew")
+            else:
+                stage.batch = [Rollout(**send_to_device(r, stage.device)) for r in mine]
     kept = [r for r in read_log(log) if r["stage"] != stage.name or r["step"] <= stage.step]  # others are made again
     write_whole(log, lambda part: part.write_text("".join(json.dumps(r) + "\n" for r in kept)))
     return path is not None
@@ -2472,13 +2520,15 @@ def open_model(cfg: Settings, screen: Screen):
         raise UserError(f"--export llada needs LLaDA's network, a plain Llama; this model is another, {c.model_type}")
     if trains_all and hasattr(model, "peft_config"):
         model = model.merge_and_unload().requires_grad_(True)
-    if (cfg.cache, cfg.rollout_cache) != ("none", "none") and not model.can_generate():
-        raise UserError(f"--cache and --rollout_cache: {c.model_type} keeps no keys and values; leave them out")
+    windows = getattr(c, "sliding_window", None) or "sliding" in str(getattr(c, "layer_types", ""))
+    if (cfg.cache, cfg.rollout_cache) != ("none", "none") and (windows or not model.can_generate()):
+        raise UserError(f"--cache and --rollout_cache: {c.model_type} keeps no keys and values of all tokens")
     if cfg.compile:  # block by block: a small graph that serves all of them, and the output layer stays free
         with refusing("--compile does not work here"):
             torch.compile(torch.sin)(torch.zeros(1))
-        for block in max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len):
-            block.compile(dynamic=True)
+            lists = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+            for block in next(m for m in lists if len(m) == c.num_hidden_layers):
+                block.compile(dynamic=True)
     if cfg.grad_checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not t) for t in (False, True))
@@ -2572,7 +2622,8 @@ def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
     needs["FLOPs of training, a process"] = f"{flops:.2e}: {flops / 2e14 / 3600:,.1f} h at 200 TFLOP/s"
     needs |= {f"memory: {name}": f"{size / 2**30:.3f} GiB" for name, size in memory.items() if size}
     needs["memory: peak, about"] = f"{sum(memory.values()) / 2**30:.2f} GiB"
-    needs["disk: weights and trainer state"] = f"{trained * 16 / 2**30:.3f} GiB"
+    disk = trained * (16 * (cfg.keep + 1) * (sft + rl) + 4)  # a checkpoint more while it is written, and the export
+    needs["disk: checkpoints and weights"] = f"{disk / 2**30:.3f} GiB"
     screen.table("What the run needs", ["quantity", "value"], needs.items())
 
 def run(argv: Sequence[str] | None) -> None:
@@ -2609,8 +2660,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"d1_full.py: {'stopped' if isinstance(e, Stopped) else 'error'}: {e}", file=sys.stderr)
         return getattr(e, "status", 2)
-    except (torch.OutOfMemoryError, MemoryError) as e:
-        print(f"d1_full.py: stopped: out of memory ({str(e).splitlines()[0]}); try a smaller --bs_rl, --rows_sft or "
+    except (RuntimeError, MemoryError) as e:  # torch's OutOfMemoryError is one, a CPU's has no name
+        known = isinstance(e, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(e)
+        if not known or "--debug" in (sys.argv if argv is None else argv):
+            raise
+        print(f"d1_full.py: stopped: out of memory ({str(e).partition('.')[0]}); try a smaller --bs_rl, --rows_sft or "
               "--bs_eval, --grad_checkpoint, --use_lora, --load_4bit; --dry_run shows what takes it", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -132,11 +132,29 @@ def decode(model, **options):
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("kind", ["llama", "dream"])
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
-def test_a_cache_is_exact_where_keys_do_not_depend_on_other_tokens_or_are_always_new(cache, way):
+def test_a_cache_is_exact_where_keys_do_not_depend_on_other_tokens_or_are_always_new(cache, kind, way):
     """In one layer they come from a token alone, so those of tokens that stay are right; refresh 1 keeps nothing."""
-    assert torch.equal(decode(build(layers=1), cache=cache, **way), decode(build(layers=1), **way))
-    assert torch.equal(decode(build(layers=3), cache=cache, refresh=1, **way), decode(build(layers=3), **way))
+    assert torch.equal(decode(build(kind, 1), cache=cache, **way), decode(build(kind, 1), **way))
+    assert torch.equal(decode(build(kind, 3), cache=cache, refresh=1, **way), decode(build(kind, 3), **way))
+
+
+def test_a_cache_holds_keys_under_gradient_checkpointing_too(tiny, quick, tmp_path):
+    drawn = []
+    for checkpointing in (False, True):
+        cfg = quick(mu=2, rollout_cache="dual", grad_checkpoint=checkpointing, temperature=0.0)
+        model = copy.deepcopy(tiny[0])
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        task = d1.TASKS["sudoku"]
+        stage = d1.DiffuGRPO(model, tiny[1], task.examples("train", 4), task.messages, task.pay, cfg, tmp_path)
+        stage.update()
+        drawn.append(stage.batch[0].completion)
+        assert any(m.training for m in model.modules()) == checkpointing  # on again in the update
+        prompts = [[5, 6, 7], [8, 9]]
+        drawn[-1] = (drawn[-1], [r for b in d1.generate(model, tiny[1], prompts, cfg, 32) for r in b])
+    assert torch.equal(drawn[0][0], drawn[1][0])
 
 
 @pytest.mark.parametrize(("cache", "refresh", "fed"), [
@@ -194,6 +212,20 @@ def test_evaluation_with_a_cache_and_a_threshold_says_so(tmp_path, capsys):
     assert entry["cache"] == "dual" and entry["threshold"] == 0.9
 
 
+def test_a_model_that_scales_its_logits_after_the_output_layer_is_trained_on_the_scaled_ones(tiny, quick, tmp_path):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(
+        **SIZES | {"vocab_size": len(tiny[1])}, num_hidden_layers=1, num_key_value_heads=2, head_dim=8,
+        final_logit_softcapping=1.0, initializer_range=0.5, use_cache=False, pad_token_id=0))
+    model.config.is_causal = False
+    row = (list(range(20, 60)), 10)
+    stage = d1.MaskedSFT(model, tiny[1], [row] * 8, quick(bs_sft=2, rows_sft=2, steps_sft=2), tmp_path)
+    loss, metrics = stage.nelbo([row, row], ("k",))
+    capped = 2 + torch.log(torch.tensor(len(tiny[1]))).item()  # by logits in [-1, 1]
+    assert torch.isfinite(loss) and metrics["ce"] < capped
+
+
 def test_compiled_blocks_compute_the_same(tiny, monkeypatch):
     ids, compiler = torch.randint(1, 200, (2, 12), generator=rng()), torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, **{**how, "backend": "eager"}))  # in no time
@@ -204,3 +236,4 @@ def test_compiled_blocks_compute_the_same(tiny, monkeypatch):
     plain.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-5)
+    assert all(layer._compiled_call_impl is not None for layer in d1.twin(model).model.layers)

@@ -135,6 +135,40 @@ def test_changed_flags_are_refused_by_name_unless_allowed(tiny, quick, tmp_path,
     assert "--lr_sft 0.0015" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_signal_at_a_checkpoint_saves_before_the_held_out_check_which_is_made_on_resuming(
+        step, tiny, quick, tmp_path, screen):
+    def make(out):
+        stage = stage_of("grpo", quick, tiny, out, save_steps=4)
+        stage.heldout = lambda model: float(weights(stage).sum())
+        return stage
+
+    whole = make(tmp_path / "whole")
+    whole.run(screen)
+    part = make(tmp_path / "parts")
+    stop_at(part, step)
+    with pytest.raises(d1.Stopped):
+        part.run(screen)
+    assert "heldout_accuracy" not in logged(tmp_path / "parts")[-1]
+    last = make(tmp_path / "parts")
+    assert d1.load_trainer(last, screen) and last.step == step
+    last.run(screen)
+    assert logged(tmp_path / "whole") == logged(tmp_path / "parts") and last.best[:2] == whole.best[:2]
+
+
+def test_rollouts_that_no_longer_fit_are_drawn_anew(tiny, quick, tmp_path, screen, capsys):
+    part = stage_of("grpo", quick, tiny, tmp_path)
+    stop_at(part, 3)
+    with pytest.raises(d1.Stopped):
+        part.run(screen)
+    cfg = quick(steps_rl=8, mu=5, save_steps=100, allow_changed=True)
+    other = grpo(cfg, tiny, tmp_path)
+    assert d1.load_trainer(other, screen) and not other.batch
+    assert "drawn anew" in " ".join(capsys.readouterr().out.split())
+    other.run(screen)
+    assert other.step == 8
+
+
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
 def test_one_update_that_is_not_finite_is_left_out_and_kept_for_a_look(
         kind, tiny, quick, tmp_path, screen, monkeypatch):

@@ -425,7 +425,7 @@ def test_gradient_checkpointing_changes_no_number_and_dropout_is_off_in_stage_2(
 
 
 LAUNCHED = """
-import gc, json, os, sys
+import copy, gc, json, os, signal, sys
 import accelerate.state as state
 import torch
 import d1_full as d1
@@ -483,12 +483,27 @@ def main():
     d1.save_trainer = save
     reward = lambda texts, examples: [{"n": float(len(t))} for t in texts]
     weight = lambda model: -sum(float(p.detach().double().square().sum()) for p in model.parameters())
-    stage = d1.DiffuGRPO(model, tok, task.examples("train", 16), task.messages, reward, cfg, out, weight)
-    drawn = []
-    draw = stage.draw
-    stage.draw = lambda micro: drawn.append(draw(micro)) or drawn[-1]
+    world, drawn = d1.processes().num_processes, []
+
+    def reinforce(model):
+        stage = d1.DiffuGRPO(model, tok, task.examples("train", 16), task.messages, reward, cfg, out, weight)
+        draw = stage.draw
+        stage.draw = lambda micro: drawn.append(draw(micro)) or drawn[-1]
+        return stage
+
+    stage = reinforce(copy.deepcopy(model))
+    if world > 1 and not stage.engine:  # the last process is asked to stop between two inner updates
+        update = stage.update
+        stage.update = lambda: (stage.step == 2 and stage.rank == world - 1 and signal.raise_signal(15)) or update()
+        try:
+            stage.run(screen)
+        except d1.Stopped as e:
+            assert "step 3" in str(e)
+        stage = reinforce(model)
+        assert d1.load_trainer(stage, screen) and stage.step == 3 and stage.batch
     stage.run(screen)
     stage.finish(screen)
+    model = stage.model
     d1.evaluate(model, tok, task, task.examples("test", 5), cfg, "d1", out, screen)
     texts = [[t for r in drawn for t in d1.reply_texts(tok, r.completion)]]
     gathered = __import__("accelerate").utils.gather_object(texts)
@@ -521,6 +536,7 @@ def launched(tmp_path_factory):
         (out / "run.py").write_text(LAUNCHED)
         settings = dict(task="sudoku", steps_sft=6, bs_sft=8, rows_sft=2, n_traces=40, steps_rl=4, mu=2, group=2,
                         limit=4, eval_lengths="32", save_steps=2, warmup_sft=2, bs_rl=4, grad_accum=4 // n,
+                        logits_gib=5e-5,  # in pieces
                         output_dir=str(out))
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n),
