@@ -2010,17 +2010,19 @@ def is_whole(path: Path, digest: str) -> bool:
 def stop_signals() -> Iterator[list[int]]:
     """Note Ctrl-C and SIGTERM in a list, so that a step can be finished and saved; a second one acts at once."""
     came, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as under nohup
     def note(number, frame):
         came.append(number)
         signal.signal(number, before[number])
         print("d1_full.py: stops after this step and saves; the same signal again stops at once", file=sys.stderr)
-    own = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        before = {}
     try:
-        for number in before if own else ():
+        for number in before:
             signal.signal(number, note)
         yield came
     finally:
-        for number, handler in before.items() if own else ():
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 def read_log(path: Path) -> list:

@@ -69,7 +69,15 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_unbroken_one(kind, tiny, quic
     assert logged(tmp_path / "whole") == logged(tmp_path / "parts")
 
 
-def test_the_second_signal_acts_at_once(tiny, quick, tmp_path, screen, capsys):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as on a terminal; a job in the background may have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_second_signal_acts_at_once(interruptible, tiny, quick, tmp_path, screen, capsys):
     stage = stage_of("sft", quick, tiny, tmp_path)
 
     def twice():
@@ -81,6 +89,14 @@ def test_the_second_signal_acts_at_once(tiny, quick, tmp_path, screen, capsys):
     stage.update = twice
     with pytest.raises(KeyboardInterrupt):
         stage.run(screen)
+
+
+def test_a_signal_that_is_ignored_stays_so(tiny, quick, tmp_path, screen):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stage = stage_of("sft", quick, tiny, tmp_path)
+    stop_at(stage, 2, signal.SIGINT)
+    stage.run(screen)
+    assert stage.step == 6 and signal.signal(signal.SIGINT, before) == signal.SIG_IGN
 
 
 def flip(path):
