@@ -108,6 +108,17 @@ def test_rows_of_one_prompt_mask_are_computed_once_with_the_same_result(masks, p
     assert all((a - b).abs().max() < 1e-5 * a.abs().max() for a, b in zip(*grads, strict=True))
 
 
+def test_rows_of_the_same_tokens_but_other_padding_are_two_rows():
+    model, prompt = build(), torch.tensor([[3, 3, 4, 5]]).expand(2, 4)
+    real = torch.tensor([[False, True, True, True], [True] * 4])
+    completion, hide = torch.randint(1, 50, (2, 5), generator=rng(4)), torch.zeros(2, 4, dtype=torch.bool)
+    both = d1.one_step_logp(model, prompt, completion, hide, MASK, real)
+    for i in range(2):
+        row = slice(i, i + 1)
+        alone = d1.one_step_logp(model, prompt[row], completion[row], hide[row], MASK, real[row])
+        assert torch.allclose(both[row], alone, atol=1e-5)
+
+
 def test_many_masks_in_one_pass_or_one_by_one():
     model = build()
     prompt, real = padded()
