@@ -482,9 +482,8 @@ class BlockCache:
         """`logits_at` for the rows numbered `rows`, (N, V); a row once left out does not come back."""
         if self.age == 0:
             from transformers import DynamicCache
-            self.past, fresh, keep = DynamicCache(), torch.cat([self.kept, self.fresh]).sort().values, self.kept
-        else:  # attention does not ask in which order keys come: here those kept, then the fresh ones
-            attend = None if attend is None else attend[:, torch.cat([self.kept, self.fresh])]
+            self.past, fresh, keep = DynamicCache(), torch.arange(ids.shape[1], device=ids.device), self.kept
+        else:  # keys come in another order, those kept before the fresh ones; padding, in the prompt, is still first
             if len(rows) < len(self.rows):
                 self.past.batch_select_indices(torch.isin(self.rows, rows).nonzero()[:, 0])
             fresh, keep = self.fresh, slice(len(self.kept))
