@@ -1698,7 +1698,7 @@ class DiffuGRPO(Stage):
         eval_mode(model)
         super().__init__(model, tokenizer, cfg, out, cfg.lr_rl, cfg.wd_rl, cfg.clip_rl, cfg.steps_rl)
         self.examples, self.ask, self.reward, self.heldout = examples, ask, reward, heldout
-        self.sample, self.seen = "", {}
+        self.sample, self.seen = "", []  # seen: metrics since the last check
 
     def batch_name(self) -> str:
         i, k = divmod(self.step, self.cfg.mu)
@@ -1779,14 +1779,17 @@ class DiffuGRPO(Stage):
                    "entropy": -(logp * r.live).sum() / r.live.sum(),  # of phi, by the tokens that were drawn
                    "reward_std": r.rewards.view(-1, self.cfg.group).std(1).mean()}  # within a group
             rows.append({n: float(v.detach()) for n, v in row.items()} | r.parts)
-        self.seen = self.average(rows)
-        self.flat = 0 if self.seen["reward_std"] else self.flat + 1
-        return {**self.seen, "grad_norm": self.apply_gradient(), "inner": k}
+        self.seen.append(self.average(rows))
+        self.flat = 0 if self.seen[-1]["reward_std"] else self.flat + 1
+        return {**self.seen[-1], "grad_norm": self.apply_gradient(), "inner": k}
 
     def check(self, screen: Screen) -> dict[str, float]:
         """Score held-out problems; remember the best weights so far."""
         screen.say(f"  sample: {self.sample}")
-        kl, entropy, error = (self.seen.get(k, math.nan) for k in ("kl", "entropy", "cache_error"))
+        kl, entropy, error = (  # medians: a single token can throw one update's KL far out
+            sorted(m[k] for m in self.seen)[len(self.seen) // 2] if self.seen and k in self.seen[0] else math.nan
+            for k in ("kl", "entropy", "cache_error"))
+        self.seen = []
         for wrong, text in (
             (self.flat >= 5 * self.cfg.mu, f"{self.flat} updates in which all replies to a prompt earned the same"),
             (kl > 1, f"KL {kl:.1f} nats a token: the policy has run away; lower --lr_rl or raise --beta"),

@@ -213,10 +213,13 @@ def test_a_policy_that_goes_astray_is_warned_of(tiny, quick, tmp_path, screen, c
     stage = grpo(quick(steps_rl=12, mu=2, save_steps=4), tiny, tmp_path, alike)
     stage.run(screen)
     assert "12 updates in which all replies to a prompt earned the same" in capsys.readouterr().out
-    stage.seen |= {"kl": 3.0, "entropy": 0.001}
-    stage.check(screen)
-    shown = capsys.readouterr().out
-    assert "KL 3.0 nats a token" in shown and "entropy 0.001" in shown
+    for kl, entropy, told in (3.0, 0.001, True), (0.1, 0.5, False):
+        usual = {"kl": kl, "entropy": entropy}
+        stage.seen = [usual, {"kl": 0.0 if told else 1e3, "entropy": 9.0 if told else 0.0}, usual]  # one outlier
+        stage.check(screen)
+        shown = capsys.readouterr().out
+        assert ("KL 3.0 nats a token" in shown) == ("entropy 0.001" in shown) == told
+        assert told or "warning: KL" not in shown
 
 
 def run(*flags, out):
