@@ -1972,7 +1972,7 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
     with refusing(f"cannot read {path}"):
         earlier = json.loads(path.read_text()) if path.exists() else []
         names = "task", "row", "gen_length", "data", "cache", "refresh", "threshold"
-        merged = {tuple(e.get(k) for k in names): e for e in [*earlier, *entries]}
+        merged = {tuple(e[k] for k in names): e for e in [*earlier, *entries]}
     write_json(path, list(merged.values()))
     return entries
 
