@@ -55,6 +55,7 @@ tag stands at its line below. --preset official switches to theirs where a switc
 from __future__ import annotations
 
 import argparse
+import array
 import ast
 import collections
 import contextlib
@@ -118,8 +119,10 @@ def opt(paper, help, source="ours", *, official=None, tiny=None, choices=(), low
     return dataclasses.field(default=None, metadata=meta)
 
 RL_TASKS = ("gsm8k", "math500", "count", "sudoku", "custom")
-TASK_CHOICES = ("sft_only", *RL_TASKS, "table1")
+TASK_CHOICES = ("pretrain", "sft_only", *RL_TASKS, "table1", "chat")
+REMASKING = ("low_confidence", "random", "ancestral")  # which tokens a denoising step commits
 CACHES = ("none", "prefix", "dual")  # of keys and values, see BlockCache
+EMBEDDED = ("tiny", "tiny-bert", "tiny-modernbert")  # random weights of LLaDA's, BERT's and ModernBERT's networks
 HUB_SECONDS = 10  # until a hub that says nothing counts as out of reach
 HUB_ROWS = 20000  # more problems than the paper's longest run draws
 
@@ -128,15 +131,19 @@ class Settings:
     """Every flag of the command line. `settle` fills a field from argv, --config or its preset."""
     # what to run
     task: str = opt("", "what to run", choices=TASK_CHOICES)
-    model: str = opt("tiny", "tiny, a hub id, a folder in hub format, or a checkpoint of this script")
+    model: str = opt("tiny", f"one of the embedded {', '.join(EMBEDDED)}, a hub id, a folder in hub format, or a "
+                     "checkpoint of this script")
+    from_scratch: bool = opt(False, "random weights of --model's shape; its config and tokenizer are all it needs")
     preset: str = opt("auto", "column of defaults; auto = tiny for the tiny model, else paper",
                       choices=("auto", "paper", "official", "tiny"))
     config: str = opt("", "YAML file that may give any flag; the command line wins")
     output_dir: str = opt("ckpt", "results go to OUTPUT_DIR/<sft or task>/")
     seed: int = opt(42, "seeds every random stream of the run", "official train.yaml", tiny=0, low=0, high=2**63 - 1)
     data: str = opt("", "benchmark problems: a local .jsonl, .json, .csv or .parquet, or a hub id owner/name[:config]; "
-                    f"of a hub set the first {HUB_ROWS:,} rows are streamed")
-    sft_data: str = opt("simplescaling/s1K", "SFT traces: a file or hub set, as --data", "Sec. 4", tiny="")
+                    f"of a hub set the first {HUB_ROWS:,} rows are streamed. pretrain: .txt or .md too, or a column "
+                    "text, or a folder of such files; a hub set is streamed as far as it is needed")
+    sft_data: str = opt("simplescaling/s1K", "SFT traces: a file or hub set, as --data; with a column messages, chats",
+                        "Sec. 4", tiny="")
     reward: str = opt("", "--task custom: FILE.py:FUNCTION, called as TRL calls it (prompts, completions, **columns)")
     reward_errors: str = opt("stop", "when that function fails: stop, or pay the batch zero", choices=("stop", "zero"))
     skip_sft: bool = opt(False, "go straight to stage 2")
@@ -167,12 +174,26 @@ class Settings:
     steps_sft: int = opt(2460, "SFT updates", "20 epochs", tiny={"sft_only": 6000, "count": 2500, "*": 5500}, low=0)
     bs_sft: int = opt(8, "rows per SFT update, over all processes", "App. D.2", tiny=32, low=1)
     rows_sft: int = opt(1, "rows per backward pass of SFT", "official: 1, 4 passes, 2 GPUs", tiny=32, low=1)
-    lr_sft: float = opt(1e-5, "peak learning rate, then linear decay to 0", "App. D.2", tiny=1.5e-3, low=0.0)
-    warmup_sft: int = opt(0, "steps of linear warm-up", "App. D.2", tiny=100, low=0)
+    lr_sft: float = opt({"pretrain": 4e-4, "*": 1e-5}, "peak learning rate, then decay to 0", "App. D.2; LLaDA",
+                        tiny=1.5e-3, low=0.0)
+    warmup_sft: int = opt({"pretrain": 2000, "*": 0}, "steps of linear warm-up", "App. D.2; pretrain: LLaDA", tiny=100,
+                          low=0)
     wd_sft: float = opt(0.1, "AdamW weight decay", "App. D.2", low=0.0)
     clip_sft: float = opt(1.0, "gradient norm limit", "App. D.2", low=0.0)
-    sft_length: int = opt(4096, "rows are padded with EOS to it or cut", "App. D", tiny={"count": 45, "*": 53}, low=8)
-    sft_extra: int = opt(0, "one SFT batch in five is up to this much longer, to know longer canvases", tiny=64, low=0)
+    sft_length: int = opt(4096, "rows are padded with EOS to it or cut; pretrain: packed", "App. D",
+                          tiny={"count": 45, "pretrain": 128, "*": 53}, low=8)
+    schedule: str = opt({"pretrain": "cosine", "*": "linear"}, "learning rate's way to 0", "App. D.2; pretrain: ours",
+                        choices=("linear", "cosine"))
+    t_low: float = opt(1e-3, "noise levels t of SFT are drawn from here ...", "official", low=1e-6, high=1.0)
+    t_high: float = opt(1.0, "... to here; BERT reasoners take 0.5 to 1.0", "Eq. (1)", low=1e-6, high=1.0)
+    data_ratio: float = opt({"pretrain": 20.0, "*": 0.0}, "stop after so many tokens a parameter; 0 = --steps_sft",
+                            "Chinchilla", tiny={"pretrain": 4.0, "*": 0.0}, low=0.0)
+    edit_rate: float = opt(0.0, "SFT and pretrain: share of visible tokens that is spoilt, to learn edits; decoding "
+                           "with --allow_edits: share revised in a step", "Seed Diffusion", low=0.0, high=1.0)
+    edit_start: float = opt(0.8, "spoiling sets in after this share of the steps and grows to --edit_rate",
+                            "Seed Diffusion", low=0.0, high=0.99)
+    sft_extra: int = opt(0, "one SFT batch in five is up to this much longer, to know longer canvases",
+                         tiny={"pretrain": 0, "*": 64}, low=0)
     n_traces: int = opt(8000, "generated traces a task in the tiny model's SFT corpus", low=1)
     # stage 2: diffu-GRPO
     steps_rl: int = opt({"gsm8k": 7700, "math500": 6600, "sudoku": 3800, "*": 5000}, "steps", "d1#25", tiny=160, low=0)
@@ -188,14 +209,19 @@ class Settings:
     lr_rl: float = opt(3e-6, "constant learning rate", "App. D", tiny=2e-4, low=0.0)
     wd_rl: float = opt(0.1, "AdamW weight decay", "App. D", low=0.0)
     clip_rl: float = opt(0.2, "gradient norm limit", "App. D", low=0.0)
-    temperature: float = opt({"sudoku": 0.3, "*": 0.9}, "of rollouts", "App. D", official=0.9, tiny=0.9, low=0.0)
+    temperature: float = opt({"sudoku": 0.3, "chat": 0.0, "*": 0.9}, "of rollouts and of chat", "App. D",
+                             official={"chat": 0.0, "*": 0.9}, tiny={"chat": 0.0, "*": 0.9}, low=0.0)
     max_prompt: int = opt(200, "longest prompt; longer ones are cut on the left", "App. D", tiny=64, low=1)
     patience: int = opt(0, "stop after so many held-out checks in a row without a better one; 0 = never", low=0)
     # decoder and evaluation
     gen_length: int = opt(256, "tokens a rollout may take", "App. D", tiny=32, low=1)
     block_length: int = opt(32, "tokens of a semi-autoregressive block", "App. D", low=1)
     diffusion_steps: int = opt(0, "denoising steps of a rollout; 0 = gen_length/2", "App. D", low=0)
-    eval_lengths: str = opt("128,256,512", "evaluation lengths; greedy, length/2 steps", "Sec. 4", tiny="32,64,96")
+    eval_lengths: str = opt("128,256,512", "evaluation lengths; greedy", "Sec. 4", tiny="32,64,96")
+    eval_steps: int = opt(0, "denoising steps of evaluation and chat; 0 = half the length", "Sec. 4", low=0)
+    remasking: str = opt("low_confidence", "which tokens a denoising step commits: the likeliest, any, or each with "
+                         "the reverse process's probability", "Sec. 4", choices=REMASKING)
+    allow_edits: bool = opt(False, "evaluation and chat: revise committed tokens, see --edit_rate")
     cache: str = opt("none", "evaluation: keep keys and values over a block's steps; approximate", choices=CACHES)
     refresh: int = opt(0, "with a cache: compute all keys and values anew every so many steps; 0 = once a block", low=0)
     threshold: float = opt(0.0, "evaluation: commit every token this sure, in fewer steps; 0 = off", low=0.0, high=1.0)
@@ -205,6 +231,12 @@ class Settings:
     save_steps: int = opt(100, "updates between checkpoints and held-out checks", "official train.yaml", tiny=40, low=1)
     keep: int = opt(2, "checkpoints of a stage to keep; if the last is damaged, --resume takes the one before", low=1)
     max_skips: int = opt(3, "an update whose gradient is not finite is left out; stop at so many in a row", low=1)
+
+    @classmethod
+    def default(cls, name: str, task: str = "", preset: str = "paper") -> Any:
+        """A setting's value where nobody gives one."""
+        value = cls.__dataclass_fields__[name].metadata["columns"][preset]
+        return value.get(task, value.get("*")) if isinstance(value, dict) else value
 
     def lengths(self) -> list[int]:
         return [int(n) for n in str(self.eval_lengths).split(",")]
@@ -221,9 +253,9 @@ def draw_uniform(shape: Sequence[int], generator: Generator, device) -> Tensor:
     """Uniform [0, 1) drawn where the generator lives, so a seed means the same on CPU and GPU."""
     return torch.rand(shape, generator=generator, device=generator.device).to(device)
 
-def sample_t(n: int, generator: Generator, device=None, eps: float = 1e-3) -> Tensor:
-    """Draw n noise levels t = u (1 - eps) + eps, u ~ U[0, 1): (n,) in [eps, 1). The floor bounds 1/t."""
-    return draw_uniform((n,), generator, device) * (1 - eps) + eps
+def sample_t(n: int, generator: Generator, device=None, low: float = 1e-3, high: float = 1.0) -> Tensor:
+    """Draw n noise levels t ~ U[low, high): (n,). The floor bounds 1/t."""
+    return draw_uniform((n,), generator, device) * (high - low) + low
 
 def forward_process(x0: Tensor, t: Tensor, keep: Tensor, mask_id: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """Draw x_t ~ q(x_t | x_0): each token becomes [MASK] with probability t, on its own.
@@ -235,6 +267,21 @@ def forward_process(x0: Tensor, t: Tensor, keep: Tensor, mask_id: int, generator
     u = draw_uniform(x0.shape, generator, x0.device)  # (B, L)
     masked = (u < t[:, None]) & ~keep  # (B, L)
     return torch.where(masked, mask_id, x0), masked
+
+def corrupt(x0: Tensor, keep: Tensor, rate: float, delete_id: int,
+            generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Spoil some reply tokens that masks will not hide, so that edits are learned (Seed Diffusion, arXiv 2508.02193).
+
+    Each reply token is replaced with probability rate/2, and one with the same probability preceded by a surplus token;
+    both are drawn from the batch's tokens. x0 (B, L); keep (B, L) True = prompt, left alone. Returns what is shown, the
+    target, delete_id where the token is surplus, and True there, (B, L) each; what no longer fits falls off the end.
+    """
+    u, v = (draw_uniform(x0.shape, generator, x0.device) for _ in range(2))  # (B, L) each
+    places = torch.arange(x0.shape[1], device=x0.device) + ((u < rate / 2) & ~keep).cumsum(1)  # (B, L) where each goes
+    target = x0.new_full((len(x0), x0.shape[1] + 1), delete_id).scatter(1, places.clamp(max=x0.shape[1]), x0)[:, :-1]
+    surplus = target == delete_id  # (B, L)
+    other = x0.flatten()[(draw_uniform(x0.shape, generator, x0.device) * x0.numel()).long()]  # (B, L)
+    return torch.where(surplus | ((v < rate / 2) & ~keep), other, target), target, surplus
 
 # %% 4. Masked SFT loss — Sec. 2 and 3.3, Algorithm 2
 Metrics = dict[str, Tensor]  # figures to log, by name
@@ -252,9 +299,14 @@ def masked_nelbo(logits: Tensor, x0: Tensor, masked: Tensor, t: Tensor, keep: Te
     assert logits.shape[:2] == x0.shape == masked.shape == keep.shape and t.shape == x0.shape[:1]
     return weighted_nelbo(*token_losses(logits[masked], x0[masked]), masked, t, keep)
 
-def weighted_nelbo(ce: Tensor, hit: Tensor, masked: Tensor, t: Tensor, keep: Tensor) -> tuple[Tensor, Metrics]:
-    """`masked_nelbo` from what `token_losses` says of the N masked tokens: ce (N,), hit (N,) True = argmax is right."""
-    weight = (1 / t)[:, None].expand_as(masked)[masked]  # (N,)  1/t = -alpha'_t / (1 - alpha_t)
+def weighted_nelbo(ce: Tensor, hit: Tensor, masked: Tensor, t: Tensor, keep: Tensor,
+                   visible: Tensor | None = None) -> tuple[Tensor, Metrics]:
+    """`masked_nelbo` from what `token_losses` says of the N masked tokens: ce (N,), hit (N,) True = argmax is right.
+
+    visible (B, L) True = a token that is asked for although it is not masked, with weight 1, to learn edits.
+    """
+    asked = masked if visible is None else masked | visible
+    weight = torch.where(masked, (1 / t)[:, None], 1.0)[asked]  # (N,)  1/t = -alpha'_t / (1 - alpha_t)
     n = max(len(ce), 1)
     return (ce * weight).sum() / (~keep).sum().clamp(min=1), {"ce": ce.detach().sum() / n, "accuracy": hit.sum() / n}
 
@@ -287,6 +339,8 @@ def logits_at(model, ids: Tensor, where: Tensor, attention_mask: Tensor | None =
     inner = getattr(model, "module", model)  # what DistributedDataParallel holds
     if not hasattr(inner, "get_output_embeddings"):
         return model(ids, attention_mask=attention_mask).logits[where]
+    if attention_mask is not None and getattr(inner.config, "model_type", "") in ("bert", "electra"):
+        options.setdefault("position_ids", (attention_mask.cumsum(1) - 1).clamp(min=0))  # learned: padding has none
     head, (row, column) = inner.get_output_embeddings(), where.nonzero(as_tuple=True)
     if getattr(inner.config, "shift_logits", False):  # Dream: those for token k stand at k - 1
         column = (column - 1).clamp(min=0)
@@ -428,24 +482,27 @@ class Frame:
     block: int
     step: int
     logp: Tensor  # (B, P+C) log-probability of the new tokens when they were committed, else 0
+    edited: Tensor  # (B, P+C) bool, True = replaced by this step, or moved up to where it deleted a token
 
 def check_decoding(gen_length: int, block_length: int, steps: int | None, remasking: str, cache: str,
-                   cfg_scale: float) -> None:
+                   cfg_scale: float, context: int | None) -> None:
     """Raise ValueError with one clear line if the decoder cannot run these values."""
     if gen_length < 1 or block_length < 1 or gen_length % block_length:
         raise ValueError(f"gen_length {gen_length} must be a positive multiple of block_length {block_length}")
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    for name, value, known in ("remasking", remasking, ("low_confidence", "random")), ("cache", cache, CACHES):
+    for name, value, known in ("remasking", remasking, REMASKING), ("cache", cache, CACHES):
         if value not in known:
             raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {value!r}")
     if cache != "none" and cfg_scale:
         raise ValueError(f"cfg_scale needs cache='none', not {cache!r}")
+    if context and (cache != "none" or context < 2 * block_length):
+        raise ValueError(f"beyond the context of {context} tokens: cache='none' and blocks of at most half of it")
 
 def row_generators(generator, rows: int) -> list[torch.Generator]:
     """One generator a row: the sequence given, or `rows` new ones seeded by one generator's draw."""
     if generator is None:
-        raise ValueError("temperature > 0 and random remasking need generator=torch.Generator().manual_seed(...)")
+        raise ValueError("temperature > 0 and random or ancestral remasking need generator=torch.Generator()")
     if not isinstance(generator, torch.Generator):
         return list(generator)
     seeds = torch.randint(2**62, (rows,), generator=generator, device=generator.device).tolist()
@@ -494,89 +551,139 @@ class BlockCache:
         self.age, self.rows = (self.age + 1) % (self.refresh or len(ids[0])), rows
         return logits
 
+def largest(score: Tensor, number: Tensor) -> Tensor:
+    """True at the number[i] largest scores of row i. (B, K), (B,) -> (B, K) bool."""
+    top = score.topk(int(number.max().clamp(max=score.shape[1])), dim=1).indices  # (B, n)
+    among = torch.arange(top.shape[1], device=score.device) < number[:, None]  # (B, n)
+    return torch.zeros_like(score, dtype=torch.bool).scatter(1, top, among)
+
+def revise(block: Tensor, logits: Tensor, open_: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """Replace committed tokens that the model would not write again: at most a share `rate` of a row's, and one.
+
+    block, open_ (B, K), open_ True = still [MASK]; logits (B, K, V), of the delete token too. Those go first whose
+    replacement gains most probability. Returns the block and True = replaced (B, K).
+    """
+    p = logits.softmax(-1)  # (B, K, V)
+    likely, best = p.max(-1)  # (B, K) each
+    gain = torch.where(open_, 0.0, likely - p.gather(-1, block[..., None])[..., 0])  # (B, K)
+    replaced = largest(gain, (rate * (~open_).sum(1)).ceil()) & (gain > 0)
+    return torch.where(replaced, best, block), replaced
+
+def delete_tokens(x: Tensor, gone: Tensor, filler: int, *others: Tensor) -> tuple[Tensor, ...]:
+    """Take the tokens `gone` (B, L) out of x; what follows moves up, `filler` enters at the end, 0 in the others."""
+    order = gone.long().argsort(dim=1, stable=True)  # (B, L) those that stay, in their order, then the others
+    end = gone.gather(1, order)
+    return x.gather(1, order).masked_fill(end, filler), *(v.gather(1, order).masked_fill(end, 0) for v in others)
+
 @torch.no_grad()
-def denoise_step(x: Tensor, attend: Tensor | None, lo: int, hi: int, logits_of: Callable, quota: int, *, mask_id: int,
-                 temperature: float, remasking: str, threshold: float | None,
-                 generators) -> tuple[Tensor, Tensor, Tensor]:
-    """Commit some of the block's masked tokens; `quota` a row, or all above `threshold`.
+def denoise_step(x: Tensor, attend: Tensor | None, lo: int, hi: int, logits_of: Callable, steps_left: int, *,
+                 mask_id: int, temperature: float, remasking: str, threshold: float | None, edit_rate: float,
+                 delete_id: int | None, generators) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Commit some of the block's masked tokens: an even share of the steps left, or all above `threshold`.
 
     x (B, L) canvas; attend (B, L) True = real token; lo, hi the block's bounds; logits_of(x, where, attend) -> (N, V).
-    Returns x', new, logp as in `Frame`.
+    Returns x', new, logp, edited as in `Frame`, before what is to be deleted is taken out.
     """
-    where = torch.zeros_like(x, dtype=torch.bool)
-    where[:, lo:hi] = open_ = x[:, lo:hi] == mask_id  # (B, K) True = may be committed
-    counts = open_.sum(1).tolist()
-    logits = logits_of(x, where, attend).float()  # (N, V) only where a token can be committed
+    where, block = torch.zeros_like(x, dtype=torch.bool), x[:, lo:hi]
+    open_ = block == mask_id  # (B, K) True = may be committed
+    where[:, lo:hi] = open_ | (edit_rate > 0)
+    logits = logits_of(x, where, attend).float()  # (N, V) only where a token can be committed or revised
     # [D17] a predicted [MASK] stays masked in the official decoder. here: it is never drawn; the
     #       confidence keeps its share of the mass, so greedy order is the official one.
     allowed = logits.index_fill(-1, torch.tensor([mask_id], device=x.device), -math.inf)
-    tokens = sample_tokens(allowed, temperature, counts, generators)  # (N,)
+    block, edited = block.clone(), torch.zeros_like(open_)
+    if edit_rate:
+        block, edited = revise(block, allowed.view(*block.shape, -1), open_, edit_rate)
+        logits, allowed = logits[open_.flatten()], allowed[open_.flatten()]
+    if delete_id is not None:  # there is nothing to delete at a [MASK]
+        allowed[:, delete_id] = -math.inf
+    counts = open_.sum(1)  # (B,)
+    tokens = sample_tokens(allowed, temperature, counts.tolist(), generators)  # (N,)
     chosen = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)  # (N,) log p(token)
     score = torch.full(open_.shape, -math.inf, device=x.device)  # (B, K) priority: p(token), or uniform
-    if remasking == "random":
-        draws = [torch.rand(n, generator=g, device=g.device) for n, g in zip(counts, generators, strict=True)]
-        score[open_] = torch.cat(draws).to(x.device)
-    else:
+    if remasking == "low_confidence":
         score[open_] = chosen.exp()
-    if threshold is None:
-        top = score.topk(min(quota, score.shape[1]), dim=1).indices  # (B, quota)
-        commit = torch.zeros_like(open_).scatter(1, top, True) & open_
+    else:
+        draws = [torch.rand(n, generator=g, device=g.device) for n, g in zip(counts.tolist(), generators, strict=True)]
+        score[open_] = torch.cat(draws).to(x.device)
+    if remasking == "ancestral":  # the reverse process: from t to s each [MASK] is filled with probability (t - s) / t
+        commit = (score > 1 - 1 / steps_left) & open_
+    elif threshold is None:
+        commit = largest(score, -(-counts // steps_left)) & open_  # the ceiling spreads the remainder first
     else:  # every position above the threshold, and always the best one, so that it ends
-        best = F.one_hot(score.argmax(1), score.shape[1]).bool()
-        commit = ((score > threshold) | best) & open_
-    ids, new, logp = x.clone(), torch.zeros_like(where), torch.zeros(x.shape, device=x.device)  # (B, L) each
-    new[:, lo:hi] = commit
-    ids[new], logp[new] = tokens[commit[open_]], chosen[commit[open_]]
-    return ids, new, logp
+        commit = ((score > threshold) | largest(score, torch.ones_like(counts))) & open_
+    block[commit] = tokens[commit[open_]]
+    logp = torch.zeros(block.shape, device=x.device).masked_scatter(commit, chosen[commit[open_]])  # (B, K)
+    rest = (lo, x.shape[1] - hi)
+    return (torch.cat([x[:, :lo], block, x[:, hi:]], dim=1), *(F.pad(v, rest) for v in (commit, logp, edited)))
 
 def diffuse_steps(model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor | None = None, gen_length: int = 256,
                   block_length: int = 32, steps: int | None = None, temperature: float = 0.0, cfg_scale: float = 0.0,
                   remasking: str = "low_confidence", threshold: float | None = None, cache: str = "none",
-                  refresh: int = 0, eos_id: int | None = None, stop_at_eos: bool = False,
-                  generator=None) -> Iterator[Frame]:
+                  refresh: int = 0, eos_id: int | None = None, stop_at_eos: bool = False, stop: Callable | None = None,
+                  edit_rate: float = 0.0, delete_id: int | None = None, draft: Tensor | None = None,
+                  context: int | None = None, generator=None) -> Iterator[Frame]:
     """Denoise block by block, left to right; yield one Frame per step. No autograd, no printing.
 
     prompt (B, P), left-padded; attention_mask (B, P) True = real token: a prompt alone or in a padded batch gives the
     same tokens [D4]. steps None = gen_length/2, two tokens a step; n masked tokens over s steps are n // s each and
-    one more in the first n % s. temperature 0 is greedy. With stop_at_eos a row leaves the batch once a finished
-    block of it holds EOS and the rest becomes EOS, which changes nothing up to its first EOS. generator: one
-    torch.Generator, from which a seed a row is drawn, or a sequence of one a row. Approximate, for speed: threshold
-    commits every token above it, in fewer steps; cache and refresh are those of `BlockCache`.
+    one more in the first n % s. temperature 0 is greedy. remasking says which tokens a step commits: the likeliest, any
+    ("random"), or each with the reverse process's probability ("ancestral"). With stop_at_eos a row leaves the batch
+    once a finished block of it holds EOS and the rest becomes EOS, which changes nothing up to its first EOS; so it
+    does once stop(reply (C,)) is true after a block. edit_rate > 0: a step may replace this share of the block's
+    committed tokens, less from step to step, and delete those of which the model says delete_id (Seed Diffusion).
+    draft (B, <=C): a reply to start from. context: the model sees at most so many tokens, the last of them one block
+    after the one it writes. generator: one torch.Generator, from which a seed a row is drawn, or a sequence of one
+    a row.
+    Approximate, for speed: threshold commits every token above it, in fewer steps; cache, refresh as in `BlockCache`.
     """
-    check_decoding(gen_length, block_length, steps, remasking, cache, cfg_scale)
-    if stop_at_eos and eos_id is None:
-        raise ValueError("stop_at_eos needs eos_id")
-    (count, plen), blocks = prompt.shape, gen_length // block_length
+    (count, plen), blocks, total = prompt.shape, gen_length // max(block_length, 1), prompt.shape[1] + gen_length
+    context = None if total <= (context or total) else context
+    check_decoding(gen_length, block_length, steps, remasking, cache, cfg_scale, context)
+    if (stop_at_eos or stop) and eos_id is None:
+        raise ValueError("stop_at_eos and stop need eos_id")
     steps_per_block = max(1, (gen_length // 2 if steps is None else steps) // blocks)
-    generators = row_generators(generator, count) if temperature > 0 or remasking == "random" else [None] * count
-    x = F.pad(prompt, (0, gen_length), value=mask_id)  # (B, P+C) a new tensor
-    is_prompt = torch.arange(x.shape[1], device=x.device) < plen  # (P+C,)
+    draws = temperature > 0 or remasking != "low_confidence"
+    generators = row_generators(generator, count) if draws else [None] * count
+    draft = prompt[:, :0] if draft is None else draft
+    x = F.pad(torch.cat([prompt, draft], dim=1), (0, gen_length - draft.shape[1]), value=mask_id)  # (B, P+C)
     # [D4] official attends to left padding (diffu_grpo_trainer.py:396), which changes replies. here: never.
-    attend = extend_mask(attention_mask, x.shape[1])
+    attend = extend_mask(attention_mask, total)
     active = torch.arange(count, device=x.device)  # rows still being written
     for b in range(blocks):
         lo, hi, step = plen + b * block_length, plen + (b + 1) * block_length, 0
-        kept = None if cache == "none" else BlockCache(model, cache, lo, hi, x.shape[1], refresh)
-        while len(rows := active[(x[active, lo:hi] == mask_id).any(1)]):
+        end = min(total, max(hi + block_length, context or total))  # of what the model sees, which begins at `first`
+        first = max(0, end - (context or total))
+        is_prompt = torch.arange(first, end, device=x.device) < plen
+        kept = None if cache == "none" else BlockCache(model, cache, lo, hi, total, refresh)
+        again = torch.full((count,), edit_rate > 0, device=x.device)  # True = the last step edited the row
+        while len(rows := active[(x[active, lo:hi] == mask_id).any(1) | (again[active] & (step < steps_per_block))]):
             logits_of = functools.partial(kept.logits_at, rows=rows) if kept else functools.partial(
                 guided_logits, model, is_prompt=is_prompt, mask_id=mask_id, cfg_scale=cfg_scale)
-            left = int((x[rows, lo:hi] == mask_id).sum(1).max())
-            quota = -(-left // max(steps_per_block - step, 1))  # the ceiling spreads the remainder first
-            ids, new, logp = denoise_step(
-                x[rows], None if attend is None else attend[rows], lo, hi, logits_of, quota, mask_id=mask_id,
-                temperature=temperature, remasking=remasking, threshold=threshold,
-                generators=[generators[i] for i in rows.tolist()])
+            ids, *marks = denoise_step(
+                x[rows, first:end], None if attend is None else attend[rows, first:end], lo - first, hi - first,
+                logits_of, max(steps_per_block - step, 1), mask_id=mask_id, temperature=temperature,
+                remasking=remasking, threshold=threshold, edit_rate=edit_rate * max(0, 1 - step / steps_per_block),
+                delete_id=delete_id, generators=[generators[i] for i in rows.tolist()])
+            ids = torch.cat([x[rows, :first], ids, x[rows, end:]], dim=1)
+            marks = [F.pad(v, (first, total - end)) for v in marks]  # new, logp, edited
+            if delete_id is not None:
+                ids, *marks = delete_tokens(ids, marks[2] & (ids == delete_id), mask_id, *marks)
+            again[rows] = marks[2].any(1)
             x = x.index_copy(0, rows, ids)
-            whole = torch.zeros_like(x, dtype=logp.dtype)  # (B, P+C)
-            yield Frame(x, whole.bool().index_copy(0, rows, new), b, step, whole.index_copy(0, rows, logp))
+            new, logp, edited = (v.new_zeros(x.shape).index_copy(0, rows, v) for v in marks)
+            yield Frame(x, new, b, step, logp, edited)
             step += 1
+        ended = torch.tensor([stop is not None and stop(row[plen:hi]) for row in x[active]], device=x.device)
         if stop_at_eos:
-            active = active[(x[active, lo:hi] != eos_id).all(1)]
-            if len(active) == 0:
-                break
-    if stop_at_eos and bool((rest := x == mask_id)[:, plen:].any()):
+            ended |= (x[active, lo:hi] == eos_id).any(1)
+        active = active[~ended]
+        if len(active) == 0:
+            break
+    if eos_id is not None and len(active) < count and bool((rest := x == mask_id)[:, plen:].any()):
         rest[:, :plen] = False
-        yield Frame(torch.where(rest, eos_id, x), rest, blocks - 1, steps_per_block, torch.zeros_like(whole))
+        no = torch.zeros_like(rest)
+        yield Frame(torch.where(rest, eos_id, x), rest, blocks - 1, steps_per_block, no.float(), no)
 
 def diffuse_decode(model, prompt: Tensor, *, mask_id: int, **options) -> Tensor:
     """Write a reply to each prompt: `diffuse_steps`, drained. Same options. Returns (B, P+C)."""
@@ -644,16 +751,27 @@ def network_of(source: str, raw: dict):
     config.is_causal = False
     return transformers.AutoModelForCausalLM, config
 
-def tiny_model(tokenizer, seed: int = 0):
-    """The embedded model: LLaDA's network with 0.4 M weights, random from `seed`, fp32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    config = LlamaConfig(
-        hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, vocab_size=len(tokenizer),
-        is_causal=False, use_cache=False, mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None)  # nor a pad_token_id: the pad is EOS, which is trained
+def embedded_network(name: str, tokenizer):
+    """(class, config) of an embedded model: LLaDA's network with 0.4 M weights, BERT's or ModernBERT's with 1 M."""
+    import transformers
+    ids = dict(vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id,
+               bos_token_id=None)  # nor a pad_token_id: the pad is EOS, which is trained
+    if name == "tiny":
+        return transformers.LlamaForCausalLM, transformers.LlamaConfig(
+            hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, is_causal=False,
+            use_cache=False, **ids)
+    ids |= dict(hidden_size=128, num_attention_heads=4, num_hidden_layers=5, pad_token_id=None)
+    if name == "tiny-bert":
+        return transformers.BertForMaskedLM, transformers.BertConfig(
+            intermediate_size=384, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **ids)
+    return transformers.ModernBertForMaskedLM, transformers.ModernBertConfig(
+        intermediate_size=256, max_position_embeddings=256, cls_token_id=None, sep_token_id=None, **ids)
+
+def random_model(network, config, seed: int = 0):
+    """A model of that class and config with weights drawn from `seed`, fp32."""
     with torch.random.fork_rng(devices=[]):  # transformers initialises from the global stream
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return (getattr(network, "from_config", None) or network._from_config)(config)
 
 def block_linears(model) -> dict[str, torch.nn.Linear]:
     """Every linear layer but the output head, by name: what LoRA adapts and what 4-bit loading packs."""
@@ -722,8 +840,11 @@ def sdpa_after_fp32(module, query, key, value, *args, **options):
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     return sdpa_attention_forward(module, query.to(value.dtype), key.to(value.dtype), value, *args, **options)
 
-def load_weights(base: str, raw: dict, dtype, load_4bit: bool, attn: str, device: torch.device):
-    """A checkpoint's network and weights, converted while loading. UserError if they do not fit each other."""
+def load_weights(base: str, raw: dict, dtype, load_4bit: bool, attn: str, device: torch.device, seed=None):
+    """A checkpoint's network and weights, converted while loading; random ones from a seed that is given.
+
+    UserError if they do not fit each other.
+    """
     import transformers
     nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
     packed = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4) if load_4bit else None
@@ -733,10 +854,14 @@ def load_weights(base: str, raw: dict, dtype, load_4bit: bool, attn: str, device
         network, config = network_of(base, raw)
         config.use_cache = False  # else every forward copies its keys and values
         transformers.AttentionInterface.register("sdpa", sdpa_after_fp32)  # the same to all other models
-        model, report = network.from_pretrained(
-            base, config=config, device_map={"": device}, attn_implementation=attn, quantization_config=packed,
-            dtype=dtype or (torch.bfloat16 if device.type == "cuda" else "auto"), output_loading_info=True,
-            key_mapping=LLADA_NAMES if raw.get("model_type") == "llada" else None, ignore_mismatched_sizes=True)
+        how = dict(config=config, device_map={"": device}, attn_implementation=attn, quantization_config=packed,
+                   dtype=dtype or (torch.bfloat16 if device.type == "cuda" else "auto"), output_loading_info=True,
+                   key_mapping=LLADA_NAMES if raw.get("model_type") == "llada" else None, ignore_mismatched_sizes=True)
+        if seed is None:
+            model, report = network.from_pretrained(base, **how)
+        else:
+            config._attn_implementation = attn
+            model, report = random_model(network, config, seed).to(device), collections.defaultdict(list)
     for linear in block_linears(model).values():  # bitsandbytes' packed CPU kernel passes no gradient on
         linear.support_avx512bf16_for_cpu = False
     if attn == "sdpa" and getattr(config, "rope_full_precision", False):
@@ -760,19 +885,27 @@ def complete_tokens(model, tokenizer, raw: dict) -> None:
         raise UserError("the tokenizer has neither an EOS nor a SEP token, so no reply could end: set eos_token")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    form = ["<reasoning>\n", "\n</reasoning>\n<answer>\n", "\n</answer>"]
+    if any(part not in tokenizer.decode(tokenizer.encode(part, add_special_tokens=False)) for part in form):
+        from tokenizers import AddedToken  # BERT's drops line breaks and takes tags apart
+        tokenizer.add_tokens([AddedToken(text, normalized=False) for text in (*form, "\n")])
     if tokenizer.mask_token is None:
         known = raw.get("mask_token_id") or MASK_IDS.get(raw.get("model_type"))
         token = "<|mask|>" if known is None else tokenizer.convert_ids_to_tokens(known)
         if token is None:
             raise UserError(f"config.json names {known} as the mask token, and the tokenizer has no such token")
         tokenizer.add_special_tokens({"mask_token": token})
+    fit_vocabulary(model, tokenizer)
+    model.config.mask_token_id = tokenizer.mask_token_id
+
+def fit_vocabulary(model, tokenizer) -> None:
+    """Make room for the tokenizer's new tokens; their rows are the mean of the others."""
     if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         with torch.no_grad():
             for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
                 layer.weight[rows:] = layer.weight[:rows].mean(0)
     model.get_input_embeddings().padding_idx = None  # else the row of the pad, often EOS, is frozen
-    model.config.mask_token_id = tokenizer.mask_token_id
 
 def check_positions(model, length: int) -> None:
     """UserError if `length` tokens are more than the learned positions of a model such as BERT."""
@@ -786,20 +919,22 @@ def shift_logits(module, args, output):
         output.logits = torch.cat([output.logits[:, :1], output.logits[:, :-1]], dim=1)
     return output
 
-def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto", device=None, seed=0):
+def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto", device=None, seed=0,
+               from_scratch=False):
     """Load (model, tokenizer), with model(input_ids, attention_mask=None).logits.
 
-    name: "tiny" (random from `seed`), a hub id, a folder, LLaDA's format included, or an adapter
+    name: one of EMBEDDED (random from `seed`), a hub id, a folder, LLaDA's format included, or an adapter
     folder of this script. dtype: None = the checkpoint's own on CPU, bf16 on CUDA. lora: None or
     (r, alpha, dropout, targets) as in `adapt_with_lora`; an adapter folder's own stays below it.
+    from_scratch: random weights of that shape.
     """
     import transformers
     transformers.logging.set_verbosity_error()  # its notes on class names would drown ours
     transformers.logging.disable_progress_bar()
     device = torch.device(device or processes().device)
-    if name == "tiny":
-        tokenizer = build_tokenizer()
-        model = tiny_model(tokenizer, seed).to(device)
+    if name in EMBEDDED:
+        tokenizer = build_tokenizer(name)
+        model = random_model(*embedded_network(name, tokenizer), seed).to(device)
         return (adapt_with_lora(model, *lora, seed=seed) if lora else model), tokenizer
     name, base = resolve_checkpoint(name)
     raw = read_config(base)
@@ -810,7 +945,7 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
             bad = [f for f in known if not is_whole(folder / f, known[f])]
             if bad := bad + [f for f in index.values() if "/" in f]:
                 raise UserError(f"{folder / bad[0]} is not the file that was saved there: take another checkpoint")
-    model = load_weights(base, raw, dtype, load_4bit, attn, device)
+    model = load_weights(base, raw, dtype, load_4bit, attn, device, seed if from_scratch else None)
     plain = {"llada": transformers.PreTrainedTokenizerFast, "Dream": transformers.Qwen2Tokenizer}  # no code of theirs
     with refusing(f"cannot load the tokenizer of {name}"):
         reader = plain.get(raw.get("model_type"), transformers.AutoTokenizer)
@@ -842,8 +977,8 @@ WORDS = ("<reasoning>\n", "\n</reasoning>\n", "<answer>\n", "\n</answer>", "<rea
          "</answer>", "\\boxed{", "Tom has ", " apples", " bags of ", " and buys ", " more", ". How many now?",
          "Compute ", "Exactly: ", "Roughly: ", "I guess.", "Rows, columns and boxes.", ", ")
 
-def build_tokenizer():
-    """The tiny model's tokenizer: bytes, and one token for each tag, phrase and instruction, for short prompts."""
+def build_tokenizer(name: str = "tiny"):
+    """An embedded model's tokenizer: bytes, tokens for tags, phrases, instructions, and for `Talk` in the larger ones."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -851,7 +986,8 @@ def build_tokenizer():
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<|endoftext|>", "<|mask|>", "<|user|>", "<|assistant|>", "<|eot|>"])
-    core.add_tokens([*WORDS, *(p for task in TASKS.values() for p in (task.system + "\n\n", *task.stems))])
+    core.add_tokens([*WORDS, *(p for task in TASKS.values() for p in (task.system + "\n\n", *task.stems)),
+                     *(Talk().words() if name != "tiny" else ())])
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", pad_token="<|endoftext|>",
                                    mask_token="<|mask|>", chat_template=TEMPLATE)
 
@@ -881,6 +1017,25 @@ def pad_left(rows: list[list[int]], pad_id: int, device=None) -> tuple[Tensor, T
     ids = torch.tensor([[pad_id] * (width - len(r)) + r for r in rows], device=device)
     real = torch.tensor([[False] * (width - len(r)) + [True] * len(r) for r in rows], device=device)
     return ids, real
+
+DELETE = "<|delete|>"  # what the model says of a token that should not be there
+
+def add_delete_token(model, tokenizer) -> None:
+    """Give model and tokenizer the token of edits, if they lack it."""
+    tokenizer.add_tokens(DELETE, special_tokens=True)
+    fit_vocabulary(model, tokenizer)
+
+def pack(texts: Iterable[str], tokenizer, length: int, limit: int) -> Tensor:
+    """Texts, an EOS after each, one after another in rows (N, length); the first `limit` tokens, or all there are."""
+    flat = array.array("i")
+    for text in texts:
+        flat.extend([*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id])
+        if len(flat) >= limit:
+            break
+    rows = len(flat) // length
+    if not rows:
+        raise UserError(f"the text has {len(flat)} tokens, not one row of --sft_length {length}")
+    return torch.tensor(flat[: rows * length]).view(rows, length)
 
 def reply_texts(tokenizer, completion: Tensor) -> list[str]:
     """The reply of each row up to its first EOS, as text. completion (B, C)."""
@@ -1122,11 +1277,14 @@ def split_of(key: str) -> str:
     bucket = hashlib.sha256(key.encode()).digest()[0] / 256
     return "train" if bucket < 0.8 else "heldout" if bucket < 0.88 else "test"
 
-def check_source(data: str) -> str:
+ROW_FILES, TEXT_FILES = (".jsonl", ".json", ".csv", ".parquet"), (".txt", ".md")
+
+def check_source(data: str, kinds: Sequence[str] = ROW_FILES) -> str:
     """The data source as it is; UserError if it is neither a file of a known kind nor like a hub id."""
-    known = Path(data).suffix in (".jsonl", ".json", ".csv", ".parquet")
+    known = Path(data).suffix in kinds
     if not (Path(data).is_file() if known or data.count("/") != 1 else not Path(data).exists()):
-        raise UserError(f"no data file {data}: give a .jsonl, .json, .csv or .parquet file, or a hub id owner/name")
+        known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+        raise UserError(f"no data file {data}: give a {known} file, or a hub id owner/name")
     return data
 
 def read_rows(data: str, split: str) -> list[dict]:
@@ -1415,6 +1573,80 @@ class Custom(Task):
         value = self.rewards(completion, example)["reward"]
         return Grade(value >= 1, value, completion)
 
+ANIMALS = (  # name, what it does, where it lives
+    "dog barks kennel, cow moos barn, bee buzzes hive, bird sings nest, horse neighs stable, lion roars den, "
+    "mouse squeaks hole, fish swims lake, frog croaks pond, owl hoots tree, pig grunts sty, wolf howls forest, "
+    "snake hisses grass, rabbit hops burrow, spider spins web, ant digs hill, camel walks desert, whale dives sea, "
+    "monkey climbs jungle, goat bleats mountain, hen clucks coop, bat flies cave, crab pinches beach, deer runs wood")
+OPPOSITES = (
+    "hot cold, big small, fast slow, day night, up down, old young, dark light, hard soft, wet dry, full empty, "
+    "rich poor, early late, loud quiet, near far, high low, open closed, strong weak, sweet sour, thick thin, "
+    "happy sad, clean dirty, long short, right wrong, war peace")
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+           "thirteen", "fourteen", "fifteen")
+NAMES = ("Ann", "Ben", "Carl", "Dora", "Emil", "Fay", "Gus", "Hal", "Ida", "Jan", "Kim", "Leo", "Mia", "Ned", "Olga")
+
+class Talk(Task):
+    """A chat about a small world, for an embedded model that was pre-trained on text about it (`world_texts`).
+
+    Its replies are a few words or a few sentences; facts asked for in the test split are in the text alone.
+    """
+    name = official_name = "talk"
+
+    def generate(self, rng):
+        animal, does, home = rng.choice(ANIMALS.split(", ")).split()
+        pair, name = rng.choice(OPPOSITES.split(", ")).split(), rng.choice(NAMES)
+        (a, b), first = rng.sample(pair, 2), rng.randrange(10)
+        count = NUMBERS[first : first + rng.randint(2, 6)]
+        question, reply = rng.choice((
+            (f"Where does the {animal} live?", f"The {animal} lives in the {home}."),
+            (f"What does the {animal} do?", f"The {animal} {does}."),
+            (f"Tell me about the {animal}.", f"The {animal} {does}. The {animal} lives in the {home}."),
+            (f"What is the opposite of {a}?", f"The opposite of {a} is {b}."),
+            (f"Count from {count[0]} to {count[-1]}.", " ".join(count) + "."),
+            ("Who am I?", f"You are {name}.")))
+        greeting = [{"role": "user", "content": f"I am {name}."}, {"role": "assistant", "content": f"Hello {name}."}]
+        history = greeting if question == "Who am I?" or rng.random() < 0.3 else []
+        return {"messages": [*history, {"role": "user", "content": question}], "question": question, "answer": reply,
+                "work": ""}
+
+    def key(self, example):
+        """The question and its right reply: who asked does not make it another one."""
+        return f"{self.name}/{example['question']}/{example['answer']}"
+
+    def messages(self, example, system=None):
+        return example["messages"]
+
+    def demonstrate(self, example, rng, careful):
+        return example["answer"]
+
+    def rewards(self, completion, example, official=False):
+        return {"right": float(completion.strip() == example["answer"])}
+
+    def grade(self, completion, example, official=False):
+        return verdict(completion.strip() == example["answer"], completion)
+
+    def words(self) -> list[str]:
+        """Each word of the world, with the blank before it, as one token."""
+        texts = itertools.islice(world_texts(0), 300)
+        chats = (m["content"] for e in self.examples("train", 3000) for m in e["messages"])
+        return sorted({word for text in (*texts, *chats) for word in re.findall(r" ?[A-Za-z]+", text)})
+
+def world_texts(seed: int) -> Iterator[str]:
+    """Plain paragraphs on the world of `Talk`, without end: what --task pretrain reads if no --data is given."""
+    rng = random.Random(f"world/{seed}")
+    while True:
+        said = []
+        for _ in range(rng.randint(2, 8)):
+            animal, does, home = rng.choice(ANIMALS.split(", ")).split()
+            a, b = rng.sample(rng.choice(OPPOSITES.split(", ")).split(), 2)
+            first = rng.randrange(10)
+            said.append(rng.choice((
+                f"The {animal} {does}. The {animal} lives in the {home}.", f"The {animal} lives in the {home}.",
+                f"The {animal} {does}.", f"The opposite of {a} is {b}.",
+                " ".join(NUMBERS[first : first + rng.randint(2, 6)]) + ".")))
+        yield " ".join(said)
+
 TASKS: dict[str, Task] = {t.name: t for t in (Gsm8k(), Math500(), Countdown(), Sudoku())}
 
 def grade_generation(task: str, row: dict, mode: str = "strict") -> Grade:
@@ -1599,14 +1831,20 @@ class MaskedSFT(Stage):
         self.scales_logits = any(  # after its output layer, as Gemma 2, Cohere and Granite do
             getattr(model.config, k, None) for k in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
         check_positions(model, cfg.sft_length + cfg.sft_extra)
+        self.delete_id = tokenizer.convert_tokens_to_ids(DELETE) if cfg.edit_rate else None
         if all(prompt_len >= cfg.sft_length for _, prompt_len in rows):
             raise UserError(f"--sft_length {cfg.sft_length} leaves no room for a reply after the prompts")
         if cfg.bs_sft % self.world:
             raise UserError(f"--bs_sft {cfg.bs_sft} must be a multiple of the {self.world} processes")
 
     def rate(self) -> float:
-        warm = min(1.0, (self.step + 1) / max(self.cfg.warmup_sft, 1))
-        return self.lr * warm * (1 - self.step / self.total)
+        warm, done = min(1.0, (self.step + 1) / max(self.cfg.warmup_sft, 1)), self.step / self.total
+        return self.lr * warm * ((1 + math.cos(math.pi * done)) / 2 if self.cfg.schedule == "cosine" else 1 - done)
+
+    def spoilt(self) -> float:
+        """Share of the visible tokens that this step corrupts."""
+        start = self.cfg.edit_start
+        return self.cfg.edit_rate * max(0.0, (self.step / self.total - start) / (1 - start))
 
     def indices(self) -> list[int]:
         """The rows of this step."""
@@ -1621,28 +1859,32 @@ class MaskedSFT(Stage):
         x0 = torch.full((len(rows), length), self.tokenizer.eos_token_id)
         keep = torch.zeros_like(x0, dtype=torch.bool)
         for i, (ids, prompt_len) in enumerate(rows):
-            x0[i, : len(ids)] = torch.tensor(ids[:length])
+            x0[i, : len(ids)] = torch.as_tensor(ids[:length])
             keep[i, :prompt_len] = True
         return x0, keep
 
-    def nelbo(self, rows, key, mine: slice = slice(None)) -> tuple[Tensor, dict]:
+    def nelbo(self, rows, key, mine: slice = slice(None), spoilt: float = 0.0) -> tuple[Tensor, dict]:
         """Algorithm 2 on the rows `mine`, whose shares add up to the batch's loss; the noise is drawn for all rows."""
         generator = stream(self.cfg.seed, *key)
         longer, extra = draw_uniform((2,), generator, "cpu").tolist()
         length = self.cfg.sft_length + int(extra * (self.cfg.sft_extra + 1)) * (longer < 0.2)
         x0, keep = self.collate(rows, length)  # (B, L)
-        t = sample_t(len(x0), generator)  # (B,)
-        xt, masked = forward_process(x0, t, keep, self.tokenizer.mask_token_id, generator)
+        t = sample_t(len(x0), generator, low=self.cfg.t_low, high=self.cfg.t_high)  # (B,)
+        shown, surplus = x0, torch.zeros_like(keep)
+        if spoilt:
+            shown, x0, surplus = corrupt(x0, keep, spoilt, self.delete_id, generator)
+        xt, masked = forward_process(shown, t, keep | surplus, self.tokenizer.mask_token_id, generator)
+        asked = ~keep if spoilt else masked
         share = (~keep[mine]).sum() / (~keep).sum()
-        x0, t, keep, xt, masked = (v[mine].to(self.device) for v in (x0, t, keep, xt, masked))
+        x0, t, keep, xt, masked, asked = (v[mine].to(self.device) for v in (x0, t, keep, xt, masked, asked))
         def losses(layer, hidden):
-            return chunked_losses(layer, hidden, x0[masked], self.cfg.logits_held(self.model.config))
+            return chunked_losses(layer, hidden, x0[asked], self.cfg.logits_held(self.model.config))
         with precision(self.device), self.dropout_from(*key, mine.start):
             if self.scales_logits:
-                found = token_losses(logits_at(self.net, xt, masked), x0[masked])
+                found = token_losses(logits_at(self.net, xt, asked), x0[asked])
             else:
-                found = logits_at(self.net, xt, masked, compute=losses)
-            loss, metrics = weighted_nelbo(*found, masked, t, keep)
+                found = logits_at(self.net, xt, asked, compute=losses)
+            loss, metrics = weighted_nelbo(*found, masked, t, keep, asked)
         return loss * share.item(), metrics
 
     def update(self) -> dict[str, float]:
@@ -1653,7 +1895,7 @@ class MaskedSFT(Stage):
         spans = [slice(i, min(i + self.cfg.rows_sft, stop)) for i in range(stop - size, stop, self.cfg.rows_sft)]
         for span in spans:
             with self.part(last=span is spans[-1]):
-                loss, metrics = self.nelbo(rows, ("sft_mask", self.step), span)
+                loss, metrics = self.nelbo(rows, ("sft_mask", self.step), span, self.spoilt())
                 self.backward(loss, self.world)  # the mean over processes is then the gradient of the whole batch
             logged.append({"loss": loss.item() * self.world * len(spans), **{k: v.item() for k, v in metrics.items()}})
         return {**self.average(logged), "grad_norm": self.apply_gradient(), "lr": self.rate()}
@@ -1666,6 +1908,10 @@ class MaskedSFT(Stage):
         parts = [self.heldout[i : i + size] for i in range(0, len(self.heldout), size)]
         losses = [self.nelbo(p, ("sft_check", i))[0].item() * len(p) for i, p in enumerate(parts)]
         return {"heldout_loss": sum(losses) / len(self.heldout)}
+
+class Pretraining(MaskedSFT):
+    """Stage 0: the same objective with no prompt, on text packed to rows of one length (MDLM, arXiv 2406.07524)."""
+    name = "pretrain"
 
 @dataclasses.dataclass
 class Rollout:
@@ -1726,9 +1972,8 @@ class DiffuGRPO(Stage):
         rows = range(micro * cfg.bs_rl, (micro + 1) * cfg.bs_rl)  # global numbers, which key the random streams
         self.model.eval()
         frames = list(diffuse_steps(
-            self.model, prompt, mask_id=tok.mask_token_id, attention_mask=real, gen_length=cfg.gen_length,
-            block_length=cfg.block_length, steps=cfg.diffusion_steps or None, temperature=cfg.temperature,
-            cache=cfg.rollout_cache, refresh=cfg.refresh, eos_id=tok.eos_token_id, stop_at_eos=True,
+            self.model, prompt, attention_mask=real, gen_length=cfg.gen_length, steps=cfg.diffusion_steps or None,
+            temperature=cfg.temperature, cache=cfg.rollout_cache, **decoding(tok, cfg) | {"edit_rate": 0.0},
             generator=[stream(cfg.seed, "rollout", i) for i in rows]))
         completion = frames[-1].ids[:, prompt.shape[1] :]  # (B, C)
         texts = reply_texts(tok, completion)
@@ -1867,6 +2112,17 @@ PAPER_TABLE1 = {  # LLaDA-8B-Instruct at 128 / 256 / 512, d1 Table 1; a star mar
 }
 ROW_TITLES = {"base": "base", "sft": "+SFT", "diffu_grpo": "+diffu-GRPO", "d1": "d1"}
 
+DECODING = ("remasking", "eval_steps", "allow_edits", "cache", "refresh", "threshold")  # settings of evaluation
+EDIT_RATE = 0.1  # share of a block's committed tokens revised in a step, where --edit_rate does not say
+
+def vars_of(cfg: Settings, names: Iterable[str]) -> dict[str, Any]:
+    """Some settings by name."""
+    return {name: getattr(cfg, name) for name in names}
+
+def other_decoding(cfg: Settings) -> dict[str, Any]:
+    """The settings of evaluation that are not the paper's: they belong to every figure made with them."""
+    return {name: value for name, value in vars_of(cfg, DECODING).items() if value != Settings.default(name)}
+
 def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % Wilson interval of a share, in [0, 1]."""
     p, z2 = hits / n, z * z / n
@@ -1883,10 +2139,18 @@ def evaluation_prompts(tokenizer, task: Task, examples: Sequence[dict], cfg: Set
     asked = [encode_prompt(tokenizer, task.messages(e)) for e in examples]
     return [p[-cfg.max_prompt :] for p in asked], sum(len(p) > cfg.max_prompt for p in asked)
 
+def decoding(tokenizer, cfg: Settings) -> dict[str, Any]:
+    """Options of `diffuse_steps` that rollouts, evaluation and chat take from the settings alike."""
+    known = DELETE in tokenizer.get_vocab()
+    return dict(mask_id=tokenizer.mask_token_id, eos_id=tokenizer.eos_token_id, stop_at_eos=True,
+                block_length=cfg.block_length, remasking=cfg.remasking, refresh=cfg.refresh,
+                edit_rate=(cfg.edit_rate or EDIT_RATE) * cfg.allow_edits,
+                delete_id=tokenizer.convert_tokens_to_ids(DELETE) if known else None)
+
 @torch.no_grad()
 def generate(model, tokenizer, prompts: list[list[int]], cfg: Settings, gen_length: int,
              todo: Sequence[int] | None = None) -> Iterator[list[tuple[int, dict]]]:
-    """Greedy replies to this process's share of the prompts numbered `todo`, length / 2 steps, batch by batch.
+    """Greedy replies to this process's share of the prompts numbered `todo`, batch by batch.
 
     Yields pairs (number, {"generations", "effective_tokens", "ended"}): text, tokens before the EOS, if it came.
     """
@@ -1899,9 +2163,9 @@ def generate(model, tokenizer, prompts: list[list[int]], cfg: Settings, gen_leng
         chosen = order[first : first + cfg.bs_eval]
         ids, real = pad_left([prompts[i] for i in chosen], tokenizer.pad_token_id, device)
         with precision(device):
-            out = diffuse_decode(model, ids, attention_mask=real, gen_length=gen_length, block_length=cfg.block_length,
-                                 cache=cfg.cache, refresh=cfg.refresh, threshold=cfg.threshold or None,
-                                 mask_id=tokenizer.mask_token_id, eos_id=tokenizer.eos_token_id, stop_at_eos=True)
+            out = diffuse_decode(model, ids, attention_mask=real, gen_length=gen_length, steps=cfg.eval_steps or None,
+                                 cache=cfg.cache, threshold=cfg.threshold or None, **decoding(tokenizer, cfg),
+                                 generator=[stream(cfg.seed, "eval", i) for i in chosen])
         completion = out[:, ids.shape[1] :]  # (B, C)
         ended = (completion == tokenizer.eos_token_id).any(1)  # (B,)
         effective = live_tokens(completion, tokenizer.eos_token_id).sum(1) - ended.long()  # (B,) before the EOS
@@ -1919,8 +2183,7 @@ def entry_of(task: Task, row: str, gen_length: int, records: list[dict], example
     entry |= {task.score: sum(g.score for g in grades) / n} if task.score else {}
     entry |= dict(official=sum(g.score for g in official) / n, answered=sum(g.answer is not None for g in grades) / n)
     entry |= {k: sum(r[k] for r in records) / n for k in ("effective_tokens", "ended")}
-    return entry | dict(model=cfg.model, seed=cfg.seed, limit=cfg.limit, data=cfg.data, cache=cfg.cache,
-                        refresh=cfg.refresh, threshold=cfg.threshold)
+    return entry | dict(model=cfg.model, seed=cfg.seed, limit=cfg.limit, data=cfg.data) | vars_of(cfg, DECODING)
 
 def finished_replies(path: Path, stamp: str) -> dict[int, dict]:
     """Replies to the same prompts by the same weights that an earlier evaluation left, whole or stopped, by number."""
@@ -1936,12 +2199,11 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
     prompts, cut = evaluation_prompts(tokenizer, task, examples, cfg)
     if cut:
         screen.say(f"{cut} of {len(prompts)} prompts are over --max_prompt {cfg.max_prompt}: cut on the left")
-    how = [cfg.block_length, cfg.cache, cfg.refresh, cfg.threshold]
+    how = [cfg.block_length, cfg.seed, *vars_of(cfg, DECODING).values()]
     weights = [p.sum(dtype=torch.float32).item() for p in model.parameters()]
     weights += [m.scaling for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]  # LoRA's alpha
     label, rank, entries = row + (f"_{Path(cfg.data).stem}" if cfg.data else ""), processes().process_index, []
-    if cfg.cache != "none" or cfg.threshold:
-        label += f"_{cfg.cache}_{cfg.threshold}"
+    label += "".join(f"_{v}" for v in other_decoding(cfg).values())
     for length in cfg.lengths():
         began = time.perf_counter()
         path = out / "generations" / f"{task.official_name}_{label}_{length}_{length // 2}_0_generations.json"
@@ -1971,7 +2233,7 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
     path = out / "eval.json"
     with refusing(f"cannot read {path}"):
         earlier = json.loads(path.read_text()) if path.exists() else []
-        names = "task", "row", "gen_length", "data", "cache", "refresh", "threshold"
+        names = "task", "row", "gen_length", "data", *DECODING
         merged = {tuple(e[k] for k in names): e for e in [*earlier, *entries]}
     write_json(path, list(merged.values()))
     return entries
@@ -2252,8 +2514,7 @@ def results_table(screen: Screen, entries: list[dict], cfg: Settings) -> None:
                 shares = (f"{scale * made[n][score]:.1f}         " if n in made else "-" for n in lengths)
                 rows.append(["", score, *shares, ""])
     title = "Accuracy, %: strict grading, greedy, 95 % Wilson interval"
-    approximate = cfg.cache != "none" or cfg.threshold > 0
-    title += f"; approximate decoding: cache {cfg.cache}, threshold {cfg.threshold}" * approximate
+    title += "".join(f"; {name} {value}" for name, value in other_decoding(cfg).items())
     title += "; stand-in = generated problems, not the benchmark" * any("stand-in" in row[0] for row in rows)
     screen.table(title, ["task", "row", *(f"length {n}" for n in lengths), "n"], rows)
 
@@ -2319,12 +2580,11 @@ def settle(given: dict[str, tuple[Any, str]]) -> tuple[Settings, dict[str, str]]
     plain = {name: value for name, (value, _) in given.items()}
     task, model, preset = plain.get("task", ""), plain.get("model", "tiny"), plain.get("preset", "auto")
     if preset == "auto":
-        small = model == "tiny" or read_json(Path(model, "d1_state.json")).get("preset") == "tiny"
+        small = model in EMBEDDED or read_json(Path(model, "d1_state.json")).get("preset") == "tiny"
         preset = "tiny" if small else "paper"
     cfg, origin = Settings(), {}
     for f in dataclasses.fields(Settings):
-        default = f.metadata["columns"][preset]
-        default = default.get(task, default.get("*")) if isinstance(default, dict) else default
+        default = Settings.default(f.name, task, preset)
         value, origin[f.name] = given.get(f.name, (default, f"preset {preset}"))
         setattr(cfg, f.name, float(value) if f.type == "float" else value)
     cfg.preset = preset
@@ -2349,16 +2609,18 @@ def validate(cfg: Settings) -> None:
         (not (cfg.task or cfg.export), f"--task is needed: one of {', '.join(TASK_CHOICES)}"),
         (steps and not blocks <= steps <= cfg.gen_length,
          f"--diffusion_steps {steps} must be from {blocks}, one a block, to --gen_length"),
-        (cfg.task == "table1" and read_json(Path(cfg.model, "d1_state.json")).get("stages"),
-         f"--task table1 trains all rows of its table: give a model that no stage has trained, not {cfg.model}"),
+        (cfg.task == "table1" and {*read_json(Path(cfg.model, "d1_state.json")).get("stages", [])} - {"pretrain"},
+         f"--task table1 trains all rows of its table: give a model that neither stage has trained, not {cfg.model}"),
+        (cfg.t_low > cfg.t_high, f"--t_low {cfg.t_low} must not be above --t_high {cfg.t_high}"),
+        (cfg.edit_rate and cfg.use_lora and cfg.task == "sft_only", "--edit_rate teaches a token: without --use_lora"),
         (cfg.bs_rl % cfg.group, f"--bs_rl {cfg.bs_rl} must be a multiple of --group {cfg.group}"),
         (cfg.eval_only and cfg.task not in RL_TASKS, f"--eval_only needs a benchmark: --task {', '.join(RL_TASKS)}"),
         ((cfg.task == "custom") != bool(cfg.reward), "--task custom and --reward FILE.py:FUNCTION go together"),
         (cfg.task == "custom" and not cfg.data, "--task custom needs --data, rows with a column prompt"),
-        (not cfg.task and cfg.model == "tiny", "--export without --task converts a checkpoint: give --model"),
+        (not cfg.task and cfg.model in EMBEDDED, "--export without --task converts a checkpoint: give --model"),
         (cfg.task == "sft_only" and cfg.skip_sft, "--task sft_only and --skip_sft leave nothing to do"),
-        (cfg.model == "tiny" and (cfg.use_lora or cfg.load_4bit),
-         "--model tiny starts from random weights: train it without --use_lora and --load_4bit first"),
+        ((cfg.from_scratch or cfg.model in EMBEDDED) and (cfg.use_lora or cfg.load_4bit),
+         "random weights are trained without --use_lora and --load_4bit first"),
         (cfg.load_4bit and trains and not cfg.use_lora, "--load_4bit weights cannot be trained: add --use_lora"),
         (cfg.load_4bit and cfg.export, "--export needs unpacked weights: export the saved adapter without --load_4bit"),
         (cfg.load_4bit and not importlib.util.find_spec("bitsandbytes"), "--load_4bit needs the package bitsandbytes"),
@@ -2366,10 +2628,53 @@ def validate(cfg: Settings) -> None:
          "--attn flash_attention_2 needs a CUDA GPU and the package flash-attn: use --attn auto")):
         if wrong:
             raise UserError(text)
-    if cfg.model != "tiny":
+    if cfg.model not in EMBEDDED:
         resolve_checkpoint(cfg.model)
     for source in filter(None, (cfg.data, cfg.sft_data)):
-        check_source(source)
+        if cfg.task != "pretrain" or not Path(source).is_dir():
+            check_source(source, ROW_FILES + TEXT_FILES * (cfg.task == "pretrain"))
+
+def texts_of(data: str) -> Iterator[str]:
+    """The texts of a file, of a folder's files or of a streamed hub set, as they are needed."""
+    import datasets
+    path = Path(data)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (*TEXT_FILES, *ROW_FILES))
+    for file in files:
+        if file.suffix in TEXT_FILES:
+            with refusing(f"cannot read {file}"), file.open(encoding="utf-8-sig") as f:
+                yield from iter(lambda f=f: f.read(2**20), "")
+        else:
+            yield from (row["text"] for row in read_rows(str(file), "train") if isinstance(row.get("text"), str))
+    if not path.exists():
+        with refusing(f"cannot read {data}; without a network give a local file"):
+            ask_hub(data.split(":")[0], "dataset")
+            for row in datasets.load_dataset(*data.split(":"), split="train", streaming=True):
+                yield row["text"]
+
+def with_data_ratio(cfg: Settings, parameters: int) -> Settings:
+    """The settings with as many SFT steps as --data_ratio asks for, if it does."""
+    steps = math.ceil(cfg.data_ratio * parameters / (cfg.bs_sft * cfg.sft_length)) or cfg.steps_sft
+    return dataclasses.replace(cfg, steps_sft=steps)
+
+def pretraining_rows(cfg: Settings, model, tokenizer, screen: Screen) -> tuple[Settings, list[tuple[Tensor, int]]]:
+    """Packed text as (ids, no prompt), and the settings with the steps that --data_ratio asks for."""
+    cfg = with_data_ratio(cfg, sum(p.numel() for p in model.parameters()))
+    seen = cfg.steps_sft * cfg.bs_sft * cfg.sft_length
+    needed = seen * 102 // 100 + cfg.sft_length  # 1 % is held out
+    rows = pack(texts_of(cfg.data) if cfg.data else world_texts(cfg.seed), tokenizer, cfg.sft_length, needed)
+    screen.say(f"{cfg.data or 'generated text'}: {rows.numel():,} tokens in rows of {cfg.sft_length}; "
+               f"{cfg.steps_sft:,} updates see {seen:,}, {seen / rows.numel():.1f} epochs")
+    return cfg, [(row, 0) for row in rows]
+
+def chat_turns(tokenizer, messages: Any, size: int) -> list[tuple[list[int], int]]:
+    """A row for each of the assistant's turns, all before it as the prompt: a reply never sees what came after it.
+
+    So LLaDA is trained on chats (arXiv 2502.09992, App. B.1); the chat template says where the reply begins.
+    """
+    good = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i] if good else []
+    return [encode_example(tokenizer, messages[:i], messages[i]["content"]) for i in turns] or [([], size)]
 
 def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) -> list[tuple[list[int], int]]:
     """The SFT corpus as (ids, prompt_len): demonstrations, most careless, or a file's traces; bad rows are named."""
@@ -2380,8 +2685,12 @@ def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) ->
                 reply = task.demonstrate(example, rng, careful=rng.random() < task.careful)
                 rows.append(encode_example(tokenizer, task.messages(example), reply))
         return rows
-    size, traces = cfg.sft_length, {}  # by row number
+    size, traces = cfg.sft_length, {}  # by row number, and turn of a chat
     for number, row in enumerate(read_rows(cfg.sft_data, "train"), 1):
+        if "messages" in row:
+            pairs = enumerate(chat_turns(tokenizer, row["messages"], size))
+            traces |= {f"{number}.{turn}": pair for turn, pair in pairs}
+            continue
         question, reply, thoughts, attempt = map(row.get, ("question", "reply", "thinking_trajectories", "attempt"))
         if reply is None and isinstance(row.get("answer"), str) and "####" in row["answer"]:  # GSM8K
             thoughts, attempt = map(str.strip, row["answer"].split("####", 1))
@@ -2394,7 +2703,8 @@ def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) ->
     rows = [(ids, prompt_len) for ids, prompt_len in traces.values() if prompt_len < size]
     if not rows:
         raise UserError(f"{cfg.sft_data}: no usable row; needs texts in the columns question, thinking_trajectories, "
-                        f"attempt (s1K), question, answer (GSM8K) or question, reply, and a --sft_length over {size}")
+                        f"attempt (s1K), question, answer (GSM8K), question, reply or messages (chats), "
+                        f"and a --sft_length over {size}")
     screen.say(f"{cfg.sft_data}: {len(rows)} traces")
     bad = [n for n, (_, prompt_len) in traces.items() if prompt_len >= size]
     long = [n for n, (ids, prompt_len) in traces.items() if len(ids) > size > prompt_len]
@@ -2443,7 +2753,8 @@ def prepare_folder(cfg: Settings, out: Path, screen: Screen) -> contextlib.Abstr
         except filelock.Timeout:
             raise UserError(f"another run works in {out}: wait for it, or give another --output_dir") from None
     if processes().is_main_process and (out / "metrics.jsonl").exists() and not (cfg.resume or cfg.eval_only):
-        if cfg.model != "tiny" and out.resolve() in [Path(cfg.model).resolve(), *Path(cfg.model).resolve().parents]:
+        source = Path(cfg.model).resolve()
+        if cfg.model not in EMBEDDED and out.resolve() in [source, *source.parents]:
             raise UserError(f"--model {cfg.model} lies in {out}, where this run would write: give another --output_dir")
         aside = next(p for i in itertools.count(1) if not (p := out.with_name(f"{out.name}.old{i}")).exists())
         out.rename(aside)
@@ -2478,14 +2789,23 @@ def run_stages(cfg: Settings, screen: Screen, out: Path, before: bool = True) ->
         task for task in TASKS.values() if cfg.task in (task.name, "sft_only", "table1")]
     model, tokenizer = open_model(cfg, screen)
     stages = list(read_json(Path(cfg.model, "d1_state.json")).get("stages", []))
-    reinforces, evaluates = cfg.task in RL_TASKS and not cfg.eval_only, cfg.eval_only or not cfg.skip_eval
+    reinforces = cfg.task in RL_TASKS and not cfg.eval_only
+    evaluates = cfg.task != "pretrain" and (cfg.eval_only or not cfg.skip_eval)
     teaches = not cfg.eval_only and not (reinforces and (cfg.skip_sft or "sft" in stages))
     names = ("train", "heldout", "test") if reinforces else ("test",) * evaluates
+    if "sft" not in stages and "pretrain" in stages and cfg.task == "sft_only" and not cfg.sft_data:
+        tasks = [Talk()]  # what the embedded text is about
     splits = {task: {name: problems_of(cfg, task, name) for name in names} for task in tasks}
-    traces = sft_rows(cfg, tokenizer, tasks, screen) if teaches else []
+    if teaches and cfg.edit_rate:
+        add_delete_token(model, tokenizer)
+    if cfg.task == "pretrain":
+        cfg, traces = pretraining_rows(cfg, model, tokenizer, screen)
+    else:
+        traces = sft_rows(cfg, tokenizer, tasks, screen) if teaches else []
     _lock = prepare_folder(cfg, out, screen)  # held as long as this function runs
     def look() -> list[dict]:
-        row = "d1" if {"sft", "diffu_grpo"} <= set(stages) else ["base", *stages][-1]
+        after = [s for s in stages if s != "pretrain"]
+        row = "d1" if {"sft", "diffu_grpo"} <= set(after) else ["base", *after][-1]
         return [e for t, split in splits.items()
                 for e in evaluate(model, tokenizer, t, split["test"], cfg, row, out, screen)]
     for task, split in splits.items() if cfg.task in RL_TASKS else ():
@@ -2495,8 +2815,10 @@ def run_stages(cfg: Settings, screen: Screen, out: Path, before: bool = True) ->
             seen = sum(split_of(key) == "train" for key in keys if key.startswith(task.name + "/"))
             screen.say(f"{cfg.data}: {n} problems, {seen} of them (sudoku: grids) in the embedded training split")
     if teaches:
-        run_stage(MaskedSFT(model, tokenizer, traces, cfg, out), ["sft"], cfg, screen)
-        stages = ["sft"]
+        stages = [s for s in stages if s == "pretrain"] + ["pretrain" if cfg.task == "pretrain" else "sft"]
+        stages = list(dict.fromkeys(stages))
+        stage = Pretraining if cfg.task == "pretrain" else MaskedSFT
+        run_stage(stage(model, tokenizer, traces, cfg, out), stages, cfg, screen)
     if not reinforces:
         return look() if evaluates else []
     entries, task, split = look() if before and evaluates else [], tasks[0], splits[tasks[0]]
@@ -2517,8 +2839,8 @@ def open_model(cfg: Settings, screen: Screen):
     lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets) if trains and cfg.use_lora else None
     trains_all = trains and not lora
     dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.float32 if trains_all else None
-    how = dict(load_4bit=cfg.load_4bit, attn=cfg.attn, seed=cfg.seed)
-    model, tokenizer = load_model(cfg.model, dtype=dtype, lora=lora, **how)
+    model, tokenizer = load_model(cfg.model, dtype=dtype, lora=lora, load_4bit=cfg.load_4bit, attn=cfg.attn,
+                                  seed=cfg.seed, from_scratch=cfg.from_scratch)
     c = model.config
     if cfg.export == "llada" and (c.model_type != "llama" or c.tie_word_embeddings or c.attention_bias or c.mlp_bias):
         raise UserError(f"--export llada needs LLaDA's network, a plain Llama; this model is another, {c.model_type}")
@@ -2569,13 +2891,13 @@ def run_table1(cfg: Settings, screen: Screen, out: Path, given: dict) -> list[di
 
 def skeleton(cfg: Settings):
     """The model without memory for its weights, for counting."""
-    if cfg.model == "tiny":
-        return tiny_model(build_tokenizer())
+    if cfg.model in EMBEDDED:
+        return random_model(*embedded_network(cfg.model, build_tokenizer(cfg.model)))
     base = resolve_checkpoint(cfg.model)[1]
     raw = LLADA_8B if base in ALIASES.values() else read_config(base)  # known without a network
     with refusing(f"cannot load {base}"), torch.device("meta"):
         network, config = network_of(base, raw)
-        model = (getattr(network, "from_config", None) or network._from_config)(config)
+        model = random_model(network, config)
         adapts = cfg.use_lora and not cfg.eval_only
         return adapt_with_lora(model, cfg.lora_r, cfg.lora_alpha, targets=cfg.lora_targets) if adapts else model
 
@@ -2591,10 +2913,12 @@ def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
     screen.table("Settings", ["setting", "value", "from", "source of the default"], rows)
     model = skeleton(cfg)
     config, tiny, trains = model.config, cfg.preset == "tiny", bool(cfg.task) and not cfg.eval_only
-    sft, rl = trains and not (cfg.skip_sft and cfg.task in RL_TASKS), trains and cfg.task != "sft_only"
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * (not cfg.eval_only)
+    trains = trains and cfg.task != "chat"
+    sft, rl = trains and not (cfg.skip_sft and cfg.task in RL_TASKS), trains and cfg.task in (*RL_TASKS, "table1")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * trains
     adapters = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     total = sum(p.numel() for p in model.parameters()) - adapters
+    cfg = with_data_ratio(cfg, total)
     row_rl = (24 if tiny else cfg.max_prompt) + cfg.gen_length  # tokens of a prompt and its completion
     rows_sft, steps = min(cfg.rows_sft, cfg.bs_sft), cfg.diffusion_steps or cfg.gen_length // 2
     rows_rl, scored = cfg.bs_rl // cfg.masks_shared_by(), 1 - 1 / cfg.mu + bool(cfg.beta)  # masks of an update

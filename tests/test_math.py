@@ -108,7 +108,7 @@ def test_nelbo_is_the_exact_bound_of_the_any_order_likelihood():
 
     n, g = 40000, rng(5)
     rows, keep = x0.expand(n, -1), torch.zeros(n, length, dtype=torch.bool)
-    t = d1.sample_t(n, g, eps=1e-5)
+    t = d1.sample_t(n, g, low=1e-5)
     xt, masked = d1.forward_process(rows, t, keep, MASK, g)
     with torch.no_grad():
         logits = model(xt).logits
