@@ -978,7 +978,7 @@ WORDS = ("<reasoning>\n", "\n</reasoning>\n", "<answer>\n", "\n</answer>", "<rea
          "Compute ", "Exactly: ", "Roughly: ", "I guess.", "Rows, columns and boxes.", ", ")
 
 def build_tokenizer(name: str = "tiny"):
-    """An embedded model's tokenizer: bytes, tokens for tags, phrases, instructions, and for `Talk` in the larger ones."""
+    """An embedded model's tokenizer: bytes, and tokens for tags, phrases, instructions; larger ones have `Talk`'s."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -1594,12 +1594,14 @@ class Talk(Task):
     name = official_name = "talk"
 
     def generate(self, rng):
-        animal, does, home = rng.choice(ANIMALS.split(", ")).split()
+        (animal, does, home), (other, _, yard) = (fact.split() for fact in rng.sample(ANIMALS.split(", "), 2))
         pair, name = rng.choice(OPPOSITES.split(", ")).split(), rng.choice(NAMES)
         (a, b), first = rng.sample(pair, 2), rng.randrange(10)
         count = NUMBERS[first : first + rng.randint(2, 6)]
         question, reply = rng.choice((
             (f"Where does the {animal} live?", f"The {animal} lives in the {home}."),
+            (f"Where do the {animal} and the {other} live?",
+             f"The {animal} lives in the {home}. The {other} lives in the {yard}."),
             (f"What does the {animal} do?", f"The {animal} {does}."),
             (f"Tell me about the {animal}.", f"The {animal} {does}. The {animal} lives in the {home}."),
             (f"What is the opposite of {a}?", f"The opposite of {a} is {b}."),
@@ -2514,7 +2516,8 @@ def results_table(screen: Screen, entries: list[dict], cfg: Settings) -> None:
                 shares = (f"{scale * made[n][score]:.1f}         " if n in made else "-" for n in lengths)
                 rows.append(["", score, *shares, ""])
     title = "Accuracy, %: strict grading, greedy, 95 % Wilson interval"
-    title += "".join(f"; {name} {value}" for name, value in other_decoding(cfg).items())
+    other = ", ".join(f"{name} {value}" for name, value in other_decoding(cfg).items())
+    title += f"; other decoding than the paper's: {other}" * bool(other)
     title += "; stand-in = generated problems, not the benchmark" * any("stand-in" in row[0] for row in rows)
     screen.table(title, ["task", "row", *(f"length {n}" for n in lengths), "n"], rows)
 

@@ -64,7 +64,7 @@ def readme_commands():
 @pytest.mark.parametrize("command", readme_commands())
 def test_readme_commands_parse(command, monkeypatch):
     monkeypatch.setattr(d1, "resolve_checkpoint", lambda name: (name, name))  # a checkpoint comes from an earlier line
-    monkeypatch.setattr(d1, "check_source", lambda source: source)
+    monkeypatch.setattr(d1, "check_source", lambda source, kinds=(): source)
     monkeypatch.setattr(d1, "config_words", lambda path: [])
     cfg, _ = d1.settle(d1.read_flags(shlex.split(command)[2:]))
     assert cfg.task or cfg.export

@@ -219,7 +219,7 @@ def test_rollout_cache_warns_and_logs_how_far_off_policy_rollouts_are(quick, tmp
 def test_evaluation_with_a_cache_and_a_threshold_says_so(tmp_path, capsys):
     flags = "--task sudoku --eval_only --limit 2 --eval_lengths 32 --cache dual --threshold 0.9 --output_dir"
     assert d1.main([*flags.split(), str(tmp_path)]) == 0
-    assert "approximate decoding: cache dual, threshold 0.9" in " ".join(capsys.readouterr().out.split())
+    assert "other decoding than the paper's: cache dual, threshold 0.9" in " ".join(capsys.readouterr().out.split())
     entry = json.loads((tmp_path / "sudoku" / "eval.json").read_text())[0]
     assert entry["cache"] == "dual" and entry["threshold"] == 0.9
 

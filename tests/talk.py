@@ -1,0 +1,72 @@
+"""How well a checkpoint chats: python tests/talk.py ckpt/sft
+
+On held-out prompts of the generated chat: right replies, and how far their length is off, at once and block by block,
+with and without edits; then how many right replies it restores of which a tenth of the tokens was spoilt by hand.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import d1_full as d1
+
+LENGTH = 32
+
+
+def replies(model, tokenizer, prompts, **options):
+    """Reply ids (B, C) to the prompts, greedily."""
+    ids, real = d1.pad_left(prompts, tokenizer.pad_token_id)
+    cfg = d1.Settings(block_length=options.pop("block_length", LENGTH), remasking="low_confidence", refresh=0,
+                      edit_rate=0.0, allow_edits=options.pop("allow_edits", False))
+    out = d1.diffuse_decode(model, ids, attention_mask=real, gen_length=LENGTH, **d1.decoding(tokenizer, cfg) | options)
+    return out[:, ids.shape[1] :]
+
+
+def spoil(ids, others, rng, how):
+    """A reply with a tenth of its tokens, at least one, replaced, or preceded by one that does not belong there."""
+    ids = list(ids)
+    for k in sorted(rng.sample(range(len(ids)), max(1, round(len(ids) / 10))), reverse=True):
+        wrong = rng.choice([o for o in others if o != ids[k]])
+        ids[k : k + (how == "replaced")] = [wrong]
+    return ids
+
+
+def main():
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint")
+    parser.add_argument("--n", type=int, default=256)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model, tokenizer = d1.load_model(args.checkpoint, device="cpu")
+    model.eval()
+    task, eos = d1.Talk(), tokenizer.eos_token_id
+    examples = task.examples("test", args.n)
+    prompts = [d1.encode_prompt(tokenizer, task.messages(e)) for e in examples]
+    gold = [tokenizer.encode(e["answer"], add_special_tokens=False) for e in examples]
+    print(f"{len(examples)} held-out prompts, {len(set(map(task.key, examples)))} different")
+    for name, options in (("at once", {}), ("blocks of 8", dict(block_length=8))):
+        for edits in (False, True):
+            made = replies(model, tokenizer, prompts, allow_edits=edits, **options)
+            texts = d1.reply_texts(tokenizer, made)
+            right = sum(task.grade(t, e).correct for t, e in zip(texts, examples, strict=True))
+            lengths = (d1.live_tokens(made, eos).sum(1) - (made == eos).any(1).long()).tolist()
+            off = [abs(n - len(g)) for n, g in zip(lengths, gold, strict=True)]
+            print(f"{name:12} edits {'on ' if edits else 'off'}  right {100 * right / len(texts):5.1f} %   "
+                  f"length off by {sum(off) / len(off):.2f} tokens, at most {max(off)}")
+    words, rng = sorted({i for g in gold for i in g}), random.Random(0)
+    for how in ("replaced", "surplus"):
+        spoilt = [spoil(g, words, rng, how) for g in gold]
+        draft = torch.tensor([(s + [eos] * LENGTH)[:LENGTH] for s in spoilt])
+        for name, options in (("at once", {}), ("blocks of 8", dict(block_length=8))):
+            made = d1.reply_texts(tokenizer, replies(model, tokenizer, prompts, draft=draft, allow_edits=True, **options))
+            whole = sum(t == e["answer"] for t, e in zip(made, examples, strict=True))
+            print(f"{name:12} a tenth {how:8}  restored {100 * whole / len(made):5.1f} %")
+
+
+if __name__ == "__main__":
+    main()
