@@ -646,6 +646,8 @@ def diffuse_steps(model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor
     draws = temperature > 0 or remasking != "low_confidence"
     generators = row_generators(generator, count) if draws else [None] * count
     draft = prompt[:, :0] if draft is None else draft
+    if draft.shape[1] > gen_length:
+        raise ValueError(f"a draft of {draft.shape[1]} tokens is longer than gen_length {gen_length}")
     x = F.pad(torch.cat([prompt, draft], dim=1), (0, gen_length - draft.shape[1]), value=mask_id)  # (B, P+C)
     # [D4] official attends to left padding (diffu_grpo_trainer.py:396), which changes replies. here: never.
     attend = extend_mask(attention_mask, total)
@@ -667,7 +669,7 @@ def diffuse_steps(model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor
                 delete_id=delete_id, generators=[generators[i] for i in rows.tolist()])
             ids = torch.cat([x[rows, :first], ids, x[rows, end:]], dim=1)
             marks = [F.pad(v, (first, total - end)) for v in marks]  # new, logp, edited
-            if delete_id is not None:
+            if delete_id is not None and edit_rate:
                 ids, *marks = delete_tokens(ids, marks[2] & (ids == delete_id), mask_id, *marks)
             again[rows] = marks[2].any(1)
             x = x.index_copy(0, rows, ids)
@@ -2205,10 +2207,11 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
     weights = [p.sum(dtype=torch.float32).item() for p in model.parameters()]
     weights += [m.scaling for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]  # LoRA's alpha
     label, rank, entries = row + (f"_{Path(cfg.data).stem}" if cfg.data else ""), processes().process_index, []
-    label += "".join(f"_{v}" for v in other_decoding(cfg).values())
+    label += "".join(f"_{name}_{value}" for name, value in other_decoding(cfg).items())
     for length in cfg.lengths():
         began = time.perf_counter()
-        path = out / "generations" / f"{task.official_name}_{label}_{length}_{length // 2}_0_generations.json"
+        steps = cfg.eval_steps or length // 2
+        path = out / "generations" / f"{task.official_name}_{label}_{length}_{steps}_0_generations.json"
         stamp = hashlib.sha256(repr((weights, prompts, length, how)).encode()).hexdigest()[:16]
         (parts := path.with_suffix(".parts")).mkdir(parents=True, exist_ok=True)  # a file a process
         done, mine = broadcast_object_list([finished_replies(path, stamp)])[0], {}  # the main process's, for all
@@ -2228,7 +2231,7 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
                     **done[i], "ground_truth": task.ground_truth(e)} for i, e in enumerate(examples)]
         metrics = {"wall_time": time.perf_counter() - began, "total_processed": len(records)}
         write_json(path, dict(generations=records, metrics=metrics, model_path=cfg.model, gen_length=length,
-                              diffusion_steps=length // 2, block_length=cfg.block_length, stamp=stamp))
+                              diffusion_steps=steps, block_length=cfg.block_length, stamp=stamp))
         processes().wait_for_everyone()
         shutil.rmtree(parts, ignore_errors=True)
         entries.append(entry_of(task, row, length, records, examples, cfg) | {"prompts_cut": cut})
@@ -2525,7 +2528,8 @@ def plot_curves(out: Path) -> None:
     """curves.png from metrics.jsonl: SFT loss, RL reward, KL, and held-out accuracy."""
     from matplotlib.figure import Figure  # without pyplot no window is opened and nothing global is set
     rows, panels = read_log(out / "metrics.jsonl"), []
-    for stage, name, title in (("sft", "loss", "SFT loss, nats a token"), ("diffu_grpo", "reward", "mean reward"),
+    for stage, name, title in (("pretrain", "loss", "pre-training loss, nats a token"),
+                               ("sft", "loss", "SFT loss, nats a token"), ("diffu_grpo", "reward", "mean reward"),
                                ("diffu_grpo", "kl", "KL to start of stage 2"),
                                ("diffu_grpo", "heldout_accuracy", "held-out accuracy")):
         if points := [(r["step"], r[name]) for r in rows if r["stage"] == stage and name in r]:
@@ -2537,7 +2541,7 @@ def plot_curves(out: Path) -> None:
         windows = [y[max(0, i - len(y) // 50) : i + 1] for i in range(len(y))]  # a running mean over 2 % of the run
         axis.plot(x, y, alpha=0.25)
         axis.plot(x, [sum(w) / len(w) for w in windows], color="C0", marker="." if len(x) < 20 else None)
-        axis.set(title=title, xlabel=f"{stage} update", yscale="log" if min(y) > 0 and stage == "sft" else "linear")
+        axis.set(title=title, xlabel=f"{stage} update", yscale="log" if min(y) > 0 and name == "loss" else "linear")
     write_whole(out / "curves.png", lambda part: figure.savefig(part, format="png", dpi=120))
 
 # %% 16. Main — settings, launch, dry run

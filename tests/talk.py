@@ -1,17 +1,21 @@
-"""How well a checkpoint chats: python tests/talk.py ckpt/sft
+"""How well a checkpoint chats: python tests/talk.py ckpt/sft [--long ckpt/pretrain]
 
 On held-out prompts of the generated chat: right replies, and how far their length is off, at once and block by block,
 with and without edits; then how many right replies it restores of which a tenth of the tokens was spoilt by hand.
+--long: seconds and memory of text of 256 to 2048 tokens from a model that sees 256, and from one that sees all of it.
 """
 
 import argparse
 import random
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import bench
+
 import d1_full as d1
 
 LENGTH = 32
@@ -35,13 +39,33 @@ def spoil(ids, others, rng, how):
     return ids
 
 
+def long_text(checkpoint):
+    """Block by block, 8 tokens a step, through a window of 256 tokens and with the whole canvas in sight."""
+    model, tokenizer = d1.load_model(checkpoint, device="cpu")
+    model.eval()
+    prompt = torch.tensor([tokenizer.encode("The dog barks.", add_special_tokens=False)])
+    for context in (256, None):
+        for length in (256, 512, 1024, 2048):
+            def run(length=length, context=context):
+                return d1.diffuse_decode(model, prompt, mask_id=tokenizer.mask_token_id, gen_length=length,
+                                         block_length=32, steps=length // 8, context=context)
+            began = time.perf_counter()
+            out, mib = bench.peak(run, torch.device("cpu"))
+            seconds = time.perf_counter() - began
+            print(f"context {context or 'all':>4}  {length:5} tokens  {seconds:6.2f} s  {1e3 * seconds / length:5.1f} ms "
+                  f"a token  {mib:6.1f} MiB  ends {tokenizer.decode(out[0, -20:])!r}")
+
+
 def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint")
     parser.add_argument("--n", type=int, default=256)
+    parser.add_argument("--long", metavar="CHECKPOINT")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.long:
+        long_text(args.long)
     model, tokenizer = d1.load_model(args.checkpoint, device="cpu")
     model.eval()
     task, eos = d1.Talk(), tokenizer.eos_token_id
@@ -63,9 +87,10 @@ def main():
         spoilt = [spoil(g, words, rng, how) for g in gold]
         draft = torch.tensor([(s + [eos] * LENGTH)[:LENGTH] for s in spoilt])
         for name, options in (("at once", {}), ("blocks of 8", dict(block_length=8))):
-            made = d1.reply_texts(tokenizer, replies(model, tokenizer, prompts, draft=draft, allow_edits=True, **options))
-            whole = sum(t == e["answer"] for t, e in zip(made, examples, strict=True))
-            print(f"{name:12} a tenth {how:8}  restored {100 * whole / len(made):5.1f} %")
+            made = replies(model, tokenizer, prompts, draft=draft, allow_edits=True, **options)
+            texts = d1.reply_texts(tokenizer, made)
+            whole = sum(t == e["answer"] for t, e in zip(texts, examples, strict=True))
+            print(f"{name:12} a tenth {how:8}  restored {100 * whole / len(texts):5.1f} %")
 
 
 if __name__ == "__main__":

@@ -284,6 +284,20 @@ def test_texts_come_from_files_and_folders(tmp_path):
     assert list(d1.texts_of(str(tmp_path / "b.txt"))) == ["plain text"]
 
 
+def test_a_hub_set_is_streamed_as_far_as_it_is_needed(monkeypatch, tiny):
+    import datasets
+    asked, given = [], []
+    def load_dataset(*name, split, streaming):
+        assert name == ("some/corpus", "en") and split == "train" and streaming
+        for i in itertools.count():
+            given.append(i)
+            yield {"text": f"document {i}"}
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(d1, "ask_hub", lambda name, kind: asked.append((name, kind)))
+    rows = d1.pack(d1.texts_of("some/corpus:en"), tiny[1], 16, 500)
+    assert 480 <= rows.numel() <= 520 and len(given) < 60 and asked == [("some/corpus", "dataset")]
+
+
 def test_every_turn_of_the_assistant_is_a_row_that_ends_there(tiny):
     _, tokenizer = tiny
     chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "hi"},
