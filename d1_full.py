@@ -2550,9 +2550,8 @@ def reply_ids(tokenizer, row: Tensor, stop: str = "") -> list[int]:
     """The tokens of a reply (C,) so far, without masks: those before its first EOS, and before the stop text."""
     ids = [i for i in row.tolist() if i != tokenizer.mask_token_id]
     ids = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    end = text.find(stop) if stop and stop in text else len(text)
-    while stop and len(tokenizer.decode(ids, skip_special_tokens=True)) > end:
+    end = tokenizer.decode(ids, skip_special_tokens=True).find(stop) if stop else -1
+    while end >= 0 and len(tokenizer.decode(ids, skip_special_tokens=True)) > end:
         ids.pop()
     return ids
 
@@ -2562,18 +2561,18 @@ def streamed(frames: Iterable[Frame], streamer, tokenizer, plen: int, block_leng
 
     The block being written is a draft; once it is finished its tokens are put for good, up to the EOS.
     """
-    said = 0
+    done = 0  # tokens put
     def put(row: Tensor) -> int:
         ids = reply_ids(tokenizer, row, stop)
-        if len(ids) > said:
-            streamer.put(torch.tensor(ids[said:]))
-        return max(said, len(ids))
+        if ids[done:]:
+            streamer.put(torch.tensor(ids[done:]))
+        return max(done, len(ids))
     for number, frame in enumerate(frames):
         if number == 0 and streamer.skip_prompt:  # what it is given first it takes for the prompt
             streamer.put(frame.ids[0, :plen])
         lo = plen + frame.block * block_length
-        said = put(frame.ids[0, plen:lo])
-        if said == lo - plen:  # else the reply is over
+        done = put(frame.ids[0, plen:lo])
+        if done == lo - plen:  # else the reply is over
             streamer.put_draft(frame.ids[0, lo : lo + block_length])
         yield frame
     put(frame.ids[0, plen:])
@@ -2733,16 +2732,23 @@ def chat(cfg: Settings, screen: Screen) -> None:
                 screen.say(str(e))
     screen.say("")
 
-def web_reply(model, tokenizer, cfg: Settings, say: Callable, message: str, history: list[dict], steps, block, length,
-              temperature, edits, mode, system) -> Iterator[str]:
-    """What a browser shows of the reply to a message, after each denoising step; UserError on wrong sliders."""
-    cfg = with_sliders(cfg, context := context_of(model), eval_steps=int(steps), block_length=int(block),
-                       max_length=int(length), temperature=float(temperature), allow_edits=edits, remasking=mode,
-                       system=system)
-    parts = [(m["role"], m["content"]) for m in history] + [("user", message)]
-    asked = [{"role": role, "content": text if isinstance(text, str) else "".join(p.get("text", "") for p in text)}
-             for role, text in parts]  # gradio's are lists of parts
-    prompt, cut = chat_prompt(tokenizer, cfg, asked, context)
+WEB = ("eval_steps", "block_length", "max_length", "temperature", "allow_edits", "remasking", "system")
+
+def web_reply(model, tokenizer, cfg: Settings, say: Callable, message: str, history: list[dict],
+              *sliders) -> Iterator[str]:
+    """What a browser shows of the reply to a message after each denoising step, with the settings WEB as it has them.
+
+    What is wrong is told by say(text), and so is what the model cannot see.
+    """
+    try:
+        cfg = with_sliders(cfg, context := context_of(model), **{
+            name: type(getattr(cfg, name))(value) for name, value in zip(WEB, sliders, strict=True)})
+        parts = [(m["role"], m["content"]) for m in history] + [("user", message)]  # gradio's text is a list of parts
+        asked = [{"role": role, "content": text if isinstance(text, str) else "".join(p["text"] for p in text)}
+                 for role, text in parts]
+        prompt, cut = chat_prompt(tokenizer, cfg, asked, context)
+    except UserError as e:
+        return say(str(e))
     if cut:
         say(f"the chat is over the model's {context} tokens: its oldest part is not seen")
     for texts, frame in replies(model, tokenizer, [prompt], cfg, stream(cfg.seed, "chat", len(history) // 2)):
@@ -2754,21 +2760,18 @@ def serve(model, tokenizer, cfg: Settings) -> None:
     """The chat in a browser, on this machine's own address alone, until Ctrl-C."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # which would ask the network
     import gradio
-    def answer(*values):
-        try:
-            yield from web_reply(model, tokenizer, cfg, gradio.Info, *values)
-        except UserError as e:
-            raise gradio.Error(str(e)) from None
     length = cfg.max_length or cfg.gen_length
-    sliders = [gradio.Slider(0, max(high, value), value, step=step, label=label) for label, high, value, step in (
-        ("steps, 0 = half the length", 512, cfg.eval_steps, 1), ("block", 128, cfg.block_length, 1),
-        ("length", 1024, length, 1), ("temperature", 2, cfg.temperature, 0.1))]
     gradio.ChatInterface(
-        answer, title=f"d1: {cfg.model}", chatbot=gradio.Chatbot(render_markdown=False),  # which would hide tags
-        additional_inputs=[*sliders, gradio.Checkbox(cfg.allow_edits, label="edits"),
-                           gradio.Dropdown(list(REMASKING), value=cfg.remasking, label="mode"),
-                           gradio.Textbox(cfg.system, label="system prompt")],
-        additional_inputs_accordion=gradio.Accordion("sliders", open=True),
+        functools.partial(web_reply, model, tokenizer, cfg, gradio.Warning), title=f"d1: {cfg.model}",
+        chatbot=gradio.Chatbot(render_markdown=False),  # as markdown, tags would be hidden
+        additional_inputs_accordion=gradio.Accordion("sliders", open=True), additional_inputs=[
+            gradio.Slider(0, max(512, cfg.eval_steps), cfg.eval_steps, step=1, label="steps, 0 = half the length"),
+            gradio.Slider(1, max(128, cfg.block_length), cfg.block_length, step=1, label="block"),
+            gradio.Slider(1, max(1024, length), length, step=1, label="length"),
+            gradio.Slider(0, max(2, cfg.temperature), cfg.temperature, step=0.1, label="temperature"),
+            gradio.Checkbox(cfg.allow_edits, label="edits"),
+            gradio.Dropdown(list(REMASKING), value=cfg.remasking, label="mode"),
+            gradio.Textbox(cfg.system, label="system prompt")],
     ).launch(server_name="127.0.0.1", share=False)
 
 @functools.cache
@@ -2776,44 +2779,41 @@ def text_diffusion_pipeline() -> type:
     """Make TextDiffusionPipeline, and register it with transformers as text-diffusion."""
     import transformers
     from transformers.pipelines import PIPELINE_REGISTRY
-    draws = stream  # its name is an option's below
+    draw = stream  # whose name is an option's below
     class TextDiffusionPipeline(transformers.Pipeline):
         """Replies to a text, a chat (a list of messages) or a list of these; a text is a chat's first message.
 
-        num_steps, block_length and max_length are in tokens of a reply, num_steps 0 = half of it; use_confidence=False
-        is ancestral sampling; stop_token a text that ends a reply; allow_edits, temperature, seed as in Settings.
-        stream=True prints one reply while it is written. batch_size: rows decoded at once, all if not given.
+        num_steps (0 = half the length), block_length, max_length, allow_edits, temperature and seed as in Settings;
+        use_confidence=False is ancestral sampling; stop_token: a text that ends a reply; stream=True prints the one
+        reply while it is written; batch_size: rows decoded at once, None = all.
         """
         _load_tokenizer = True
-        renamed = {"num_steps": "eval_steps", "stop_token": "stop"} | {
+        known = {"num_steps": "eval_steps", "stop_token": "stop", "use_confidence": "remasking", "stream": "stream"} | {
             name: name for name in ("block_length", "max_length", "allow_edits", "temperature", "seed")}
 
-        def _sanitize_parameters(self, use_confidence=None, stream=None, **options):
-            if unknown := options.keys() - self.renamed.keys():
-                raise TypeError(f"unknown option {min(unknown)}; there are {', '.join(self.renamed)}, use_confidence, "
-                                "stream, batch_size")
-            given = {self.renamed[name]: value for name, value in options.items()}
-            given |= {} if use_confidence is None else {"remasking": REMASKING[0 if use_confidence else 2]}
-            return {}, given | ({} if stream is None else {"stream": stream}), {}
+        def _sanitize_parameters(self, **options):
+            if unknown := options.keys() - self.known.keys():
+                raise TypeError(f"unknown option {min(unknown)}: there are {', '.join(self.known)}")
+            if "use_confidence" in options:
+                options["use_confidence"] = "low_confidence" if options["use_confidence"] else "ancestral"
+            return {}, {self.known[name]: value for name, value in options.items()}, {}
 
         def __call__(self, inputs, batch_size=None, **options):
+            inputs = inputs if isinstance(inputs, str) else list(inputs)
             one = isinstance(inputs, str) or isinstance(inputs[0], dict)
-            chats = [inputs] if one else list(inputs)
+            chats, made = [inputs] if one else inputs, []
             size = batch_size or self._batch_size or len(chats)
-            made = []
             for first in range(0, len(chats), size):  # as a dict: transformers would take a list apart
                 made += super().__call__({"chats": chats[first : first + size], "first": first}, **options)
             return made[0] if one else made
 
         def preprocess(self, inputs):
-            tokenizer = self.tokenizer
-            if None in (tokenizer.mask_token_id, tokenizer.eos_token_id):
-                raise UserError("the tokenizer names no mask or EOS token: give a checkpoint of d1_full.py")
-            plain = not tokenizer.chat_template
-            chats = [[{"role": "user", "content": c}] if isinstance(c, str) and not plain else c
-                     for c in inputs["chats"]]
-            return inputs | {"prompts": [(tokenizer.encode if isinstance(c, str) else
-                                          functools.partial(encode_prompt, tokenizer))(c) for c in chats]}
+            if None in (self.tokenizer.mask_token_id, self.tokenizer.eos_token_id):
+                raise UserError("the tokenizer names no mask or no EOS token: give a checkpoint of d1_full.py")
+            if self.tokenizer.chat_template is None:
+                return inputs | {"prompts": [self.tokenizer.encode(text) for text in inputs["chats"]]}
+            chats = [[{"role": "user", "content": c}] if isinstance(c, str) else c for c in inputs["chats"]]
+            return inputs | {"prompts": [encode_prompt(self.tokenizer, chat) for chat in chats]}
 
         def _forward(self, inputs, stream=False, **given):
             preset = read_json(Path(self.model.name_or_path, "d1_state.json")).get("preset", "paper")
@@ -2822,9 +2822,8 @@ def text_diffusion_pipeline() -> type:
             if stream and len(inputs["prompts"]) > 1:
                 raise UserError("stream=True takes one prompt")
             streamer = transformers.TextDiffusionStreamer(self.tokenizer, skip_special_tokens=True) if stream else None
-            numbers = range(inputs["first"], inputs["first"] + len(inputs["prompts"]))
-            generators = [draws(cfg.seed, "pipeline", i) for i in numbers]
-            *_, (texts, _) = replies(self.model, self.tokenizer, inputs["prompts"], cfg, generators, streamer)
+            draws = [draw(cfg.seed, "pipeline", inputs["first"] + i) for i in range(len(inputs["prompts"]))]
+            *_, (texts, _) = replies(self.model, self.tokenizer, inputs["prompts"], cfg, draws, streamer)
             return {"texts": texts}
 
         def postprocess(self, outputs):
