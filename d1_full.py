@@ -2673,7 +2673,8 @@ def show_reply(steps: Iterable[tuple[list[str], Frame]], plen: int, tokenizer, c
     from rich.live import Live
     from rich.text import Text
     text, note, began, blocks = "", "", time.monotonic(), (cfg.max_length or cfg.gen_length) // cfg.block_length
-    live = Live(console=Console(highlight=False), refresh_per_second=20) if screen.live else contextlib.nullcontext()
+    console = Console(highlight=False)
+    live = Live(console=console, refresh_per_second=20) if screen.live else contextlib.nullcontext()
     with live:
         with contextlib.suppress(KeyboardInterrupt):
             for texts, frame in steps:
@@ -2682,7 +2683,9 @@ def show_reply(steps: Iterable[tuple[list[str], Frame]], plen: int, tokenizer, c
                 note = (f"block {frame.block + 1}/{blocks} · step {frame.step + 1} · {n} tokens · "
                         f"{n / (time.monotonic() - began):.0f} tokens/s")
                 if screen.live:
-                    live.update(Group(render(frame, plen, tokenizer, cfg.block_length), Text(note, "dim")))
+                    lines = render(frame, plen, tokenizer, cfg.block_length).wrap(console, console.width)
+                    seen = Text("\n").join(lines[2 - console.height :])  # the end of it, if the terminal is full
+                    live.update(Group(seen, Text(note, "dim")))
         if screen.live:
             live.update(Group(Text(text), Text(note, "dim")))
     if not screen.live:
@@ -2732,17 +2735,15 @@ def chat(cfg: Settings, screen: Screen) -> None:
                 screen.say(str(e))
     screen.say("")
 
-WEB = ("eval_steps", "block_length", "max_length", "temperature", "allow_edits", "remasking", "system")
-
 def web_reply(model, tokenizer, cfg: Settings, say: Callable, message: str, history: list[dict],
               *sliders) -> Iterator[str]:
-    """What a browser shows of the reply to a message after each denoising step, with the settings WEB as it has them.
+    """What a browser shows of the reply to a message after each denoising step; sliders in SLIDERS' order.
 
-    What is wrong is told by say(text), and so is what the model cannot see.
+    What is wrong is told by say(text), and so is that the model does not see all of the chat.
     """
     try:
         cfg = with_sliders(cfg, context := context_of(model), **{
-            name: type(getattr(cfg, name))(value) for name, value in zip(WEB, sliders, strict=True)})
+            name: type(getattr(cfg, name))(value) for (name, *_), value in zip(SLIDERS.values(), sliders, strict=True)})
         parts = [(m["role"], m["content"]) for m in history] + [("user", message)]  # gradio's text is a list of parts
         asked = [{"role": role, "content": text if isinstance(text, str) else "".join(p["text"] for p in text)}
                  for role, text in parts]
@@ -2771,8 +2772,9 @@ def serve(model, tokenizer, cfg: Settings) -> None:
             gradio.Slider(0, max(2, cfg.temperature), cfg.temperature, step=0.1, label="temperature"),
             gradio.Checkbox(cfg.allow_edits, label="edits"),
             gradio.Dropdown(list(REMASKING), value=cfg.remasking, label="mode"),
-            gradio.Textbox(cfg.system, label="system prompt")],
-    ).launch(server_name="127.0.0.1", share=False)
+            gradio.Textbox(cfg.system, label="system prompt"),
+            gradio.Textbox(cfg.stop, label="stop text")],
+    ).launch(server_name="127.0.0.1", share=False)  # one reply at a time, as is gradio's default
 
 @functools.cache
 def text_diffusion_pipeline() -> type:
@@ -2808,22 +2810,25 @@ def text_diffusion_pipeline() -> type:
             return made[0] if one else made
 
         def preprocess(self, inputs):
-            if None in (self.tokenizer.mask_token_id, self.tokenizer.eos_token_id):
-                raise UserError("the tokenizer names no mask or no EOS token: give a checkpoint of d1_full.py")
-            if self.tokenizer.chat_template is None:
-                return inputs | {"prompts": [self.tokenizer.encode(text) for text in inputs["chats"]]}
-            chats = [[{"role": "user", "content": c}] if isinstance(c, str) else c for c in inputs["chats"]]
-            return inputs | {"prompts": [encode_prompt(self.tokenizer, chat) for chat in chats]}
+            tok = self.tokenizer
+            if None in (tok.mask_token_id, tok.eos_token_id, tok.pad_token_id):
+                raise UserError("the tokenizer lacks a mask, EOS or pad token: give a checkpoint of d1_full.py")
+            chats = [[{"role": "user", "content": c}] if isinstance(c, str) and tok.chat_template else c
+                     for c in inputs["chats"]]
+            return inputs | {"prompts": [tok.encode(c) if isinstance(c, str) else encode_prompt(tok, c) for c in chats]}
 
         def _forward(self, inputs, stream=False, **given):
             preset = read_json(Path(self.model.name_or_path, "d1_state.json")).get("preset", "paper")
             given = {"task": "chat", "preset": preset} | given
             cfg = settle({name: (value, "call") for name, value in given.items()})[0]
-            if stream and len(inputs["prompts"]) > 1:
+            prompts, context = inputs["prompts"], context_of(self.model)
+            if stream and len(prompts) > 1:
                 raise UserError("stream=True takes one prompt")
+            if (longest := max(map(len, prompts))) + 2 * cfg.block_length > context:
+                raise UserError(f"a prompt of {longest} tokens and two blocks are over the model's {context} tokens")
             streamer = transformers.TextDiffusionStreamer(self.tokenizer, skip_special_tokens=True) if stream else None
-            draws = [draw(cfg.seed, "pipeline", inputs["first"] + i) for i in range(len(inputs["prompts"]))]
-            *_, (texts, _) = replies(self.model, self.tokenizer, inputs["prompts"], cfg, draws, streamer)
+            draws = [draw(cfg.seed, "pipeline", inputs["first"] + i) for i in range(len(prompts))]
+            *_, (texts, _) = replies(self.model, self.tokenizer, prompts, cfg, draws, streamer)
             return {"texts": texts}
 
         def postprocess(self, outputs):

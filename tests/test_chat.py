@@ -1,5 +1,6 @@
 """Chat: what streamer, terminal, browser and pipeline show is what the decoder wrote."""
 
+import copy
 import io
 import types
 
@@ -196,6 +197,11 @@ def test_the_sliders_reach_the_decoder(talk, tiny):
     assert model.calls == 3
     out, *_ = talk(["/stop  two", "hello"])
     assert "Hello Ada. One" in out and "two" not in out
+    calls = []
+    for stop in ("", "/stop Ada"):  # nothing is written after the block that holds it
+        talk([stop, "/block 8", "hello"], model := Writer(tiny[1], REPLY * 2, length=64), max_length=64)
+        calls.append(model.calls)
+    assert calls == [20, 8]
 
 
 def test_ctrl_c_ends_the_reply_and_what_is_there_is_kept(talk, tiny):
@@ -231,6 +237,8 @@ def test_a_terminal_shows_the_masks_and_then_the_reply(tiny, monkeypatch, capsys
     assert shown[0][0].plain == "He░░░░░░" and shown[-1][0].plain == REPLY
     assert shown[0][1].plain.startswith("block 1/4 · step 1 · 2 tokens · ")
     assert f"· {len(tok.encode(REPLY))} tokens ·" in shown[-1][1].plain
+    steps = d1.replies(Writer(tok, fail_at=2), tok, [[5, 6]], cfg, None)
+    assert d1.show_reply(steps, 2, tok, cfg, screen) == "He" == shown[-1][0].plain  # Ctrl-C leaves no masks
 
 
 def test_chat_by_pipe_writes_nothing(checkpoint, tmp_path, monkeypatch, capsys):
@@ -293,6 +301,17 @@ def test_a_batch_equals_singles(pipe):
     assert pipe(texts) == pipe(texts, batch_size=2) == singles
 
 
+def test_a_tokenizer_without_a_template_gets_the_text_as_the_prompt(pipe, monkeypatch):
+    ids, tok = [], copy.deepcopy(pipe.tokenizer)
+    monkeypatch.setattr(pipe, "tokenizer", tok)
+    tok.chat_template = None
+    monkeypatch.setattr(d1, "replies", lambda model, tok, prompts, *rest: ids.extend(prompts) or iter([(["x"], None)]))
+    assert pipe("abc") == [{"generated_text": "x"}] and ids == [tok.encode("abc")]
+    tok.mask_token = None
+    with pytest.raises(d1.UserError, match="lacks a mask"):
+        pipe("abc")
+
+
 def test_edits_and_the_stop_text_reach_the_decoder(pipe, tiny, monkeypatch):
     monkeypatch.setattr(pipe, "model", Writer(tiny[1], length=256))
     pipe.model.name_or_path = ""
@@ -313,6 +332,8 @@ def test_the_pipeline_streams_one_prompt(pipe, capsys):
         pipe("a", top_k=3)
     with pytest.raises(d1.UserError, match="max_length 33"):
         pipe("a", max_length=33)
+    with pytest.raises(d1.UserError, match="two blocks are over"):
+        pipe("a" * 2000)
 
 
 @pytest.mark.parametrize("name", ["tiny-bert", "tiny-modernbert", "adapter"])
@@ -334,7 +355,7 @@ def test_the_pipeline_loads_what_this_script_saves(name, checkpoint, tmp_path):
 def test_the_browser_gets_masks_and_then_the_reply(tiny):
     tok, told = tiny[1], []
     history = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"role": "assistant", "content": "Yes"}]
-    sliders = [8, 8, 32, 0, False, "low_confidence", "Be kind."]
+    sliders = [8, 8, 32, 0, False, "low_confidence", "Be kind.", ""]
     shown = list(d1.web_reply(Writer(tok), tok, settings(), told.append, "more", history, *sliders))
     assert shown[0] == "Hell░░░░" and shown[-1] == REPLY and not told
     sliders[2] = 30
@@ -350,7 +371,6 @@ def test_the_browser_page_is_made(tiny, monkeypatch):
     monkeypatch.setattr(gradio.ChatInterface, "launch", lambda self, **how: launched.update(how, page=self))
     d1.serve(Writer(tiny[1]), tiny[1], settings())
     assert launched["server_name"] == "127.0.0.1" and not launched["share"] and not launched["page"].analytics_enabled
-    assert len(launched["page"].additional_inputs) == 7
     values = [c.value for c in launched["page"].additional_inputs]
-    assert values == [0, 32, 32, 0.0, False, "low_confidence", ""]
+    assert values == [0, 32, 32, 0.0, False, "low_confidence", "", ""]
     assert list(launched["page"].fn("hello", [], *values))[-1] == REPLY
