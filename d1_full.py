@@ -10,7 +10,7 @@ be read beside the paper: sections 3 to 6 are the mathematics and need torch alo
 
 Map    2 settings · 3 forward process · 4 masked SFT loss · 5 one-step estimator · 6 diffu-GRPO · 7 block decoder ·
        8 models · 9 tokenizer · 10 tasks, rewards, grading · 11 the two stages · 12 evaluation, Table 1 ·
-       13 checkpoints · 14 screen · 16 main (15 is kept for chat)
+       13 checkpoints · 14 screen · 15 chat, streaming and pipeline · 16 main
 
 Sizes  B rows, G completions a prompt (group), P prompt, C completion, L = P + C, K block,
        V vocabulary, N selected positions. A bool tensor is named for what True means.
@@ -222,6 +222,11 @@ class Settings:
     remasking: str = opt("low_confidence", "which tokens a denoising step commits: the likeliest, any, or each with "
                          "the reverse process's probability", "Sec. 4", choices=REMASKING)
     allow_edits: bool = opt(False, "evaluation and chat: revise committed tokens, see --edit_rate")
+    system: str = opt("", "chat: a system prompt, the first message")
+    stop: str = opt("", "chat: a text that ends a reply")
+    max_length: int = opt(0, "chat: longest reply, 0 = --gen_length; beyond the model's context a window slides over "
+                          "it", low=0)
+    web: bool = opt(False, "chat in a browser on this machine, by gradio")
     cache: str = opt("none", "evaluation: keep keys and values over a block's steps; approximate", choices=CACHES)
     refresh: int = opt(0, "with a cache: compute all keys and values anew every so many steps; 0 = once a block", low=0)
     threshold: float = opt(0.0, "evaluation: commit every token this sure, in fewer steps; 0 = off", low=0.0, high=1.0)
@@ -240,6 +245,9 @@ class Settings:
 
     def lengths(self) -> list[int]:
         return [int(n) for n in str(self.eval_lengths).split(",")]
+
+    def trains(self) -> bool:
+        return bool(self.task) and self.task != "chat" and not self.eval_only
 
     def masks_shared_by(self) -> int:
         return 1 if self.preset == "official" else self.group
@@ -2544,6 +2552,305 @@ def plot_curves(out: Path) -> None:
         axis.set(title=title, xlabel=f"{stage} update", yscale="log" if min(y) > 0 and name == "loss" else "linear")
     write_whole(out / "curves.png", lambda part: figure.savefig(part, format="png", dpi=120))
 
+# %% 15. Chat, streaming and pipeline
+def reply_ids(tokenizer, row: Tensor, stop: str = "") -> list[int]:
+    """The tokens of a reply (C,) so far, without masks: those before its first EOS, and before the stop text."""
+    ids = [i for i in row.tolist() if i != tokenizer.mask_token_id]
+    ids = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
+    end = tokenizer.decode(ids, skip_special_tokens=True).find(stop) if stop else -1
+    while end >= 0 and len(tokenizer.decode(ids, skip_special_tokens=True)) > end:
+        ids.pop()
+    return ids
+
+def streamed(frames: Iterable[Frame], streamer, tokenizer, plen: int, block_length: int,
+             stop: str = "") -> Iterator[Frame]:
+    """Pass on the frames of one prompt, and show them by a transformers.TextDiffusionStreamer.
+
+    The block being written is a draft; once it is finished its tokens are put for good, up to the EOS.
+    """
+    done = 0  # tokens put
+    def put(row: Tensor) -> int:
+        ids = reply_ids(tokenizer, row, stop)
+        if ids[done:]:
+            streamer.put(torch.tensor(ids[done:]))
+        return max(done, len(ids))
+    for number, frame in enumerate(frames):
+        if number == 0 and streamer.skip_prompt:  # what it is given first it takes for the prompt
+            streamer.put(frame.ids[0, :plen])
+        lo = plen + frame.block * block_length
+        done = put(frame.ids[0, plen:lo])
+        if done == lo - plen:  # else the reply is over
+            streamer.put_draft(frame.ids[0, lo : lo + block_length])
+        yield frame
+    put(frame.ids[0, plen:])
+    streamer.end()
+
+def replies(model, tokenizer, prompts: list[list[int]], cfg: Settings, generator,
+            streamer=None) -> Iterator[tuple[list[str], Frame]]:
+    """The replies so far as texts, and the frame, after each denoising step: for terminal, browser and pipeline."""
+    model.eval()
+    ids, real = pad_left(prompts, tokenizer.pad_token_id, model.device)
+    plen, stop = ids.shape[1], cfg.stop
+    def stops(row: Tensor) -> bool:
+        return stop in reply_texts(tokenizer, row[None])[0]
+    frames = diffuse_steps(
+        model, ids, attention_mask=real, gen_length=cfg.max_length or cfg.gen_length, steps=cfg.eval_steps or None,
+        temperature=cfg.temperature, threshold=cfg.threshold or None, context=context_of(model),
+        stop=stops if stop else None, generator=generator, **decoding(tokenizer, cfg))
+    if streamer:
+        frames = streamed(frames, streamer, tokenizer, plen, cfg.block_length, stop)
+    while True:
+        with precision(ids.device):  # a thread's own, and a browser may take each frame in another thread
+            frame = next(frames, None)
+        if frame is None:
+            return
+        yield [t.partition(stop)[0] if stop else t for t in reply_texts(tokenizer, frame.ids[:, plen:])], frame
+
+def context_of(model) -> int:
+    """How many tokens the model can see."""
+    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+
+def chat_prompt(tokenizer, cfg: Settings, history: list[dict], context: int) -> tuple[list[int], bool]:
+    """The chat's token ids, after its oldest turns were taken out of `history` if it was too long for the model.
+
+    The reply, or half of the context, keeps its room. Returns the ids and True = some of the chat is not seen.
+    """
+    room, whole = context - min(cfg.max_length or cfg.gen_length, context // 2), len(history)
+    system = [{"role": "system", "content": cfg.system}] * bool(cfg.system)
+    with refusing("the model's chat template does not take this chat"):
+        while len(prompt := encode_prompt(tokenizer, system + history)) > room and len(history) > 1:
+            del history[:2]
+    return prompt, len(history) < whole or len(prompt) > room
+
+def render(frame: Frame, plen: int, tokenizer, block_length: int):
+    """The reply of a frame's one row as rich Text: ░ a mask, lit what this step committed, underlined what it edited.
+
+    Blocks not begun are left out, and so is what follows an EOS that no mask stands before.
+    """
+    from rich.text import Text
+    row = slice(plen, plen + (frame.block + 1) * block_length)
+    ids, new, edited = (v[0, row].tolist() for v in (frame.ids, frame.new, frame.edited))
+    mask, eos, special, shown = tokenizer.mask_token_id, tokenizer.eos_token_id, {*tokenizer.all_special_ids}, Text()
+    end = ids.index(eos) if eos in ids else len(ids)
+    end = end if mask not in ids[:end] else len(ids)
+    styles = ["dim" if i == mask else "magenta underline" if e else "bold green" if n else ""
+              for i, n, e in zip(ids, new, edited, strict=True)]
+    kinds = [i if i in special else None for i in ids]
+    for (kind, style), run in itertools.groupby(range(end), lambda k: (kinds[k], styles[k])):
+        places = list(run)
+        if kind == mask:
+            shown.append("░" * len(places), style)
+        elif kind is None:  # decoded with the token before, so that words keep the blank between them
+            before = ids[max(places[0] - 1, 0) : places[0]]
+            text = tokenizer.decode(before + [ids[k] for k in places])
+            shown.append(text[len(tokenizer.decode(before)) :], style)
+    return shown
+
+SLIDERS = {  # slash command: its setting, what reads the value, what it takes
+    "steps": ("eval_steps", int, "N"), "block": ("block_length", int, "N"), "length": ("max_length", int, "N"),
+    "temp": ("temperature", float, "X"), "edits": ("allow_edits", {"on": True, "off": False}.__getitem__, "on|off"),
+    "mode": ("remasking", ({m: m for m in REMASKING} | {"confidence": "low_confidence"}).__getitem__,
+             "confidence|random|ancestral"),
+    "system": ("system", str, "TEXT"), "stop": ("stop", str, "TEXT")}
+
+def with_sliders(cfg: Settings, context: int, **changes) -> Settings:
+    """The settings with some changed; UserError if a chat cannot run with them."""
+    cfg = dataclasses.replace(cfg, **changes)
+    validate(cfg)
+    if 2 * cfg.block_length > context:
+        raise UserError(f"--block_length {cfg.block_length} is over half of the model's context, {context} tokens")
+    return cfg
+
+def obey(command: str, cfg: Settings, context: int) -> Settings:
+    """The settings after a slash command; UserError with what there is, or what it takes, on a wrong one."""
+    name, _, text = command[1:].partition(" ")
+    if name not in SLIDERS:
+        known = ", ".join(f"/{k} {takes}" for k, (_, _, takes) in SLIDERS.items())
+        raise UserError(f"commands: {known}, /reset (forget the chat), /help, /quit")
+    setting, read, takes = SLIDERS[name]
+    try:
+        value = read(text.strip())
+    except (ValueError, KeyError):
+        raise UserError(f"/{name} takes {takes}, not {text!r}") from None
+    return with_sliders(cfg, context, **{setting: value})
+
+def show_reply(steps: Iterable[tuple[list[str], Frame]], plen: int, tokenizer, cfg: Settings, screen: Screen) -> str:
+    """Show one reply as it is written, on no terminal when it is; Ctrl-C ends it. Returns its text as far as it got."""
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
+    text, note, began, blocks = "", "", time.monotonic(), (cfg.max_length or cfg.gen_length) // cfg.block_length
+    console = Console(highlight=False)
+    live = Live(console=console, refresh_per_second=20) if screen.live else contextlib.nullcontext()
+    with live:
+        with contextlib.suppress(KeyboardInterrupt):
+            for texts, frame in steps:
+                text = texts[0]
+                n = len(reply_ids(tokenizer, frame.ids[0, plen:], cfg.stop))
+                note = (f"block {frame.block + 1}/{blocks} · step {frame.step + 1} · {n} tokens · "
+                        f"{n / (time.monotonic() - began):.0f} tokens/s")
+                if screen.live:
+                    lines = render(frame, plen, tokenizer, cfg.block_length).wrap(console, console.width)
+                    seen = Text("\n").join(lines[2 - console.height :])  # the end of it, if the terminal is full
+                    live.update(Group(seen, Text(note, "dim")))
+        if screen.live:
+            live.update(Group(Text(text), Text(note, "dim")))
+    if not screen.live:
+        screen.say(text)
+    return text
+
+def slider_line(cfg: Settings) -> str:
+    """What stands before the user's line: where the sliders are."""
+    length = cfg.max_length or cfg.gen_length
+    return (f"[steps {cfg.eval_steps or length // 2}, block {cfg.block_length}, length {length}, temp "
+            f"{cfg.temperature:g}, {cfg.remasking}, edits {'on' if cfg.allow_edits else 'off'}] > ")
+
+UNTRAINED = ("{} is untrained and talks nonsense; to talk to a trained one: --task pretrain --model tiny-modernbert "
+             "--edit_rate 0.1, then --task sft_only --model ckpt/pretrain --edit_rate 0.1, then --task chat --model "
+             "ckpt/sft")
+
+def chat(cfg: Settings, screen: Screen) -> None:
+    """Talk to a model until /quit, or Ctrl-C or Ctrl-D at the prompt; a line that begins with / moves a slider."""
+    model, tokenizer = open_model(cfg, screen)
+    if cfg.model in EMBEDDED or cfg.from_scratch:
+        screen.say(UNTRAINED.format(cfg.model))
+    context, history, told = context_of(model), [], False
+    cfg = with_sliders(cfg, context)
+    if cfg.web:
+        return serve(model, tokenizer, cfg)
+    if importlib.util.find_spec("readline"):  # lets the user edit the line
+        import readline  # noqa: F401
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        for turn in itertools.count():
+            line = input(slider_line(cfg)).strip()
+            try:
+                if line == "/quit":
+                    return
+                if line == "/reset":
+                    history.clear()
+                elif line.startswith("/"):
+                    cfg = obey(line, cfg, context)
+                elif line:
+                    asked = [*history, {"role": "user", "content": line}]
+                    prompt, cut = chat_prompt(tokenizer, cfg, asked, context)
+                    if cut and not told:
+                        screen.say(f"the chat is over the model's {context} tokens: its oldest part is forgotten")
+                    steps = replies(model, tokenizer, [prompt], cfg, stream(cfg.seed, "chat", turn))
+                    text = show_reply(steps, len(prompt), tokenizer, cfg, screen)
+                    history, told = [*asked, {"role": "assistant", "content": text}], told or cut
+            except UserError as e:
+                screen.say(str(e))
+    screen.say("")
+
+def web_reply(model, tokenizer, cfg: Settings, say: Callable, message: str, history: list[dict],
+              *sliders) -> Iterator[str]:
+    """What a browser shows of the reply to a message after each denoising step; sliders in SLIDERS' order.
+
+    What is wrong is told by say(text), and so is that the model does not see all of the chat.
+    """
+    try:
+        cfg = with_sliders(cfg, context := context_of(model), **{
+            name: type(getattr(cfg, name))(value) for (name, *_), value in zip(SLIDERS.values(), sliders, strict=True)})
+        parts = [(m["role"], m["content"]) for m in history] + [("user", message)]  # gradio's text is a list of parts
+        asked = [{"role": role, "content": text if isinstance(text, str) else "".join(p["text"] for p in text)}
+                 for role, text in parts]
+        prompt, cut = chat_prompt(tokenizer, cfg, asked, context)
+    except UserError as e:
+        return say(str(e))
+    if cut:
+        say(f"the chat is over the model's {context} tokens: its oldest part is not seen")
+    for texts, frame in replies(model, tokenizer, [prompt], cfg, stream(cfg.seed, "chat", len(history) // 2)):
+        text = texts[0]
+        yield render(frame, len(prompt), tokenizer, cfg.block_length).plain
+    yield text
+
+def serve(model, tokenizer, cfg: Settings) -> None:
+    """The chat in a browser, on this machine's own address alone, until Ctrl-C."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # which would ask the network
+    import gradio
+    length = cfg.max_length or cfg.gen_length
+    gradio.ChatInterface(
+        functools.partial(web_reply, model, tokenizer, cfg, gradio.Warning), title=f"d1: {cfg.model}",
+        chatbot=gradio.Chatbot(render_markdown=False),  # as markdown, tags would be hidden
+        additional_inputs_accordion=gradio.Accordion("sliders", open=True), additional_inputs=[
+            gradio.Slider(0, max(512, cfg.eval_steps), cfg.eval_steps, step=1, label="steps, 0 = half the length"),
+            gradio.Slider(1, max(128, cfg.block_length), cfg.block_length, step=1, label="block"),
+            gradio.Slider(1, max(1024, length), length, step=1, label="length"),
+            gradio.Slider(0, max(2, cfg.temperature), cfg.temperature, step=0.1, label="temperature"),
+            gradio.Checkbox(cfg.allow_edits, label="edits"),
+            gradio.Dropdown(list(REMASKING), value=cfg.remasking, label="mode"),
+            gradio.Textbox(cfg.system, label="system prompt"),
+            gradio.Textbox(cfg.stop, label="stop text")],
+    ).launch(server_name="127.0.0.1", share=False)  # one reply at a time, as is gradio's default
+
+@functools.cache
+def text_diffusion_pipeline() -> type:
+    """Make TextDiffusionPipeline, and register it with transformers as text-diffusion."""
+    import transformers
+    from transformers.pipelines import PIPELINE_REGISTRY
+    draw = stream  # whose name is an option's below
+    class TextDiffusionPipeline(transformers.Pipeline):
+        """Replies to a text, a chat (a list of messages) or a list of these; a text is a chat's first message.
+
+        num_steps (0 = half the length), block_length, max_length, allow_edits, temperature and seed as in Settings;
+        use_confidence=False is ancestral sampling; stop_token: a text that ends a reply; stream=True prints the one
+        reply while it is written; batch_size: rows decoded at once, None = all.
+        """
+        _load_tokenizer = True
+        known = {"num_steps": "eval_steps", "stop_token": "stop", "use_confidence": "remasking", "stream": "stream"} | {
+            name: name for name in ("block_length", "max_length", "allow_edits", "temperature", "seed")}
+
+        def _sanitize_parameters(self, **options):
+            if unknown := options.keys() - self.known.keys():
+                raise TypeError(f"unknown option {min(unknown)}: there are {', '.join(self.known)}")
+            if "use_confidence" in options:
+                options["use_confidence"] = "low_confidence" if options["use_confidence"] else "ancestral"
+            return {}, {self.known[name]: value for name, value in options.items()}, {}
+
+        def __call__(self, inputs, batch_size=None, **options):
+            inputs = inputs if isinstance(inputs, str) else list(inputs)
+            one = isinstance(inputs, str) or isinstance(inputs[0], dict)
+            chats, made = [inputs] if one else inputs, []
+            size = batch_size or self._batch_size or len(chats)
+            for first in range(0, len(chats), size):  # as a dict: transformers would take a list apart
+                made += super().__call__({"chats": chats[first : first + size], "first": first}, **options)
+            return made[0] if one else made
+
+        def preprocess(self, inputs):
+            tok = self.tokenizer
+            if None in (tok.mask_token_id, tok.eos_token_id, tok.pad_token_id):
+                raise UserError("the tokenizer lacks a mask, EOS or pad token: give a checkpoint of d1_full.py")
+            chats = [[{"role": "user", "content": c}] if isinstance(c, str) and tok.chat_template else c
+                     for c in inputs["chats"]]
+            return inputs | {"prompts": [tok.encode(c) if isinstance(c, str) else encode_prompt(tok, c) for c in chats]}
+
+        def _forward(self, inputs, stream=False, **given):
+            preset = read_json(Path(self.model.name_or_path, "d1_state.json")).get("preset", "paper")
+            given = {"task": "chat", "preset": preset} | given
+            cfg = settle({name: (value, "call") for name, value in given.items()})[0]
+            prompts, context = inputs["prompts"], context_of(self.model)
+            if stream and len(prompts) > 1:
+                raise UserError("stream=True takes one prompt")
+            if (longest := max(map(len, prompts))) + 2 * cfg.block_length > context:
+                raise UserError(f"a prompt of {longest} tokens and two blocks are over the model's {context} tokens")
+            streamer = transformers.TextDiffusionStreamer(self.tokenizer, skip_special_tokens=True) if stream else None
+            draws = [draw(cfg.seed, "pipeline", inputs["first"] + i) for i in range(len(prompts))]
+            *_, (texts, _) = replies(self.model, self.tokenizer, prompts, cfg, draws, streamer)
+            return {"texts": texts}
+
+        def postprocess(self, outputs):
+            return [[{"generated_text": text}] for text in outputs["texts"]]
+
+    PIPELINE_REGISTRY.register_pipeline("text-diffusion", TextDiffusionPipeline,
+                                        (transformers.AutoModelForMaskedLM, transformers.AutoModelForCausalLM))
+    return TextDiffusionPipeline
+
+def __getattr__(name: str) -> Any:
+    """TextDiffusionPipeline, made when it is first asked for: to import this file loads no transformers."""
+    if name == "TextDiffusionPipeline":
+        return text_diffusion_pipeline()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 # %% 16. Main — settings, launch, dry run
 def parse_words(words: Sequence[str] | None) -> dict[str, Any]:
     """The values of the flags, one per field of Settings, among command-line words. UserError on another word."""
@@ -2608,10 +2915,13 @@ def validate(cfg: Settings) -> None:
             raise UserError(f"--{f.name} must be {'finite and ' * (not math.isfinite(value))}{bounds}, not {value}")
     if not re.fullmatch(r"\d+(,\d+)*", str(cfg.eval_lengths)):
         raise UserError(f"--eval_lengths must be numbers with commas, such as 128,256,512, not {cfg.eval_lengths}")
-    for flag, length in [("gen_length", cfg.gen_length)] + [("eval_lengths", n) for n in cfg.lengths()]:
+    lengths = [("gen_length", cfg.gen_length)] + [("eval_lengths", n) for n in cfg.lengths()]
+    if cfg.task == "chat":
+        lengths = [("max_length", cfg.max_length)] if cfg.max_length else lengths[:1]
+    for flag, length in lengths:
         if length < 1 or length % cfg.block_length:
             raise UserError(f"--{flag} {length} must be a positive multiple of --block_length {cfg.block_length}")
-    steps, blocks, trains = cfg.diffusion_steps, cfg.gen_length // cfg.block_length, cfg.task and not cfg.eval_only
+    steps, blocks = cfg.diffusion_steps, cfg.gen_length // cfg.block_length
     for wrong, text in (
         (not (cfg.task or cfg.export), f"--task is needed: one of {', '.join(TASK_CHOICES)}"),
         (steps and not blocks <= steps <= cfg.gen_length,
@@ -2624,11 +2934,14 @@ def validate(cfg: Settings) -> None:
         (cfg.eval_only and cfg.task not in RL_TASKS, f"--eval_only needs a benchmark: --task {', '.join(RL_TASKS)}"),
         ((cfg.task == "custom") != bool(cfg.reward), "--task custom and --reward FILE.py:FUNCTION go together"),
         (cfg.task == "custom" and not cfg.data, "--task custom needs --data, rows with a column prompt"),
+        (cfg.task == "chat" and (cfg.resume or cfg.export), "--task chat writes nothing: no --resume, no --export"),
+        (cfg.web and cfg.task != "chat", "--web needs --task chat"),
+        (cfg.web and not importlib.util.find_spec("gradio"), "--web needs the package gradio: pip install gradio"),
         (not cfg.task and cfg.model in EMBEDDED, "--export without --task converts a checkpoint: give --model"),
         (cfg.task == "sft_only" and cfg.skip_sft, "--task sft_only and --skip_sft leave nothing to do"),
         ((cfg.from_scratch or cfg.model in EMBEDDED) and (cfg.use_lora or cfg.load_4bit),
          "random weights are trained without --use_lora and --load_4bit first"),
-        (cfg.load_4bit and trains and not cfg.use_lora, "--load_4bit weights cannot be trained: add --use_lora"),
+        (cfg.load_4bit and cfg.trains() and not cfg.use_lora, "--load_4bit weights cannot be trained: add --use_lora"),
         (cfg.load_4bit and cfg.export, "--export needs unpacked weights: export the saved adapter without --load_4bit"),
         (cfg.load_4bit and not importlib.util.find_spec("bitsandbytes"), "--load_4bit needs the package bitsandbytes"),
         (cfg.attn == "flash_attention_2" and not (importlib.util.find_spec("flash_attn") and torch.cuda.is_available()),
@@ -2842,9 +3155,9 @@ def run_stages(cfg: Settings, screen: Screen, out: Path, before: bool = True) ->
 
 def open_model(cfg: Settings, screen: Screen):
     """Load model and tokenizer as the settings say, and print what came."""
-    trains = bool(cfg.task) and not cfg.eval_only
-    lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets) if trains and cfg.use_lora else None
-    trains_all = trains and not lora
+    adapts = cfg.trains() and cfg.use_lora
+    lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets) if adapts else None
+    trains_all = cfg.trains() and not lora
     dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.float32 if trains_all else None
     model, tokenizer = load_model(cfg.model, dtype=dtype, lora=lora, load_4bit=cfg.load_4bit, attn=cfg.attn,
                                   seed=cfg.seed, from_scratch=cfg.from_scratch)
@@ -2865,7 +3178,7 @@ def open_model(cfg: Settings, screen: Screen):
     if cfg.grad_checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not t) for t in (False, True))
-    share = f", {trained:,} trained ({100 * trained / total:.2f} %)" if trains else ""
+    share = f", {trained:,} trained ({100 * trained / total:.2f} %)" if cfg.trains() else ""
     screen.say(f"model {cfg.model}: {total:,} parameters{share}")
     if lora:
         each = collections.Counter(n.split(".")[-2] for n, _ in model.named_modules() if n.endswith("lora_A"))
@@ -2905,7 +3218,7 @@ def skeleton(cfg: Settings):
     with refusing(f"cannot load {base}"), torch.device("meta"):
         network, config = network_of(base, raw)
         model = random_model(network, config)
-        adapts = cfg.use_lora and not cfg.eval_only
+        adapts = cfg.use_lora and cfg.trains()
         return adapt_with_lora(model, cfg.lora_r, cfg.lora_alpha, targets=cfg.lora_targets) if adapts else model
 
 def bytes_per_token(config, r: int, checkpointing: bool) -> float:
@@ -2919,8 +3232,7 @@ def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
     rows = [(f.name, getattr(cfg, f.name), origin[f.name], f.metadata["source"]) for f in dataclasses.fields(Settings)]
     screen.table("Settings", ["setting", "value", "from", "source of the default"], rows)
     model = skeleton(cfg)
-    config, tiny, trains = model.config, cfg.preset == "tiny", bool(cfg.task) and not cfg.eval_only
-    trains = trains and cfg.task != "chat"
+    config, tiny, trains = model.config, cfg.preset == "tiny", cfg.trains()
     sft, rl = trains and not (cfg.skip_sft and cfg.task in RL_TASKS), trains and cfg.task in (*RL_TASKS, "table1")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * trains
     adapters = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
@@ -2973,6 +3285,8 @@ def run(argv: Sequence[str] | None) -> None:
         model, tokenizer = open_model(cfg, screen)
         export_model(model, tokenizer, Path(cfg.output_dir), form=cfg.export)
         return screen.say(f"{cfg.model} is now in {cfg.output_dir}, in the form {cfg.export}")
+    if cfg.task == "chat":
+        return chat(cfg, screen)
     began, out = time.monotonic(), Path(cfg.output_dir) / {"sft_only": "sft"}.get(cfg.task, cfg.task)
     if cfg.resume and not (out.exists() if cfg.task == "table1" else (out / "trainer" / "manifest.json").exists()):
         raise UserError(f"nothing to resume in {out}: run without --resume")

@@ -15,7 +15,7 @@ HEAD, BODY = d1.__doc__, SOURCE.split('"""', 2)[2]
 README = (ROOT / "README.md").read_text()
 SECTIONS = ["Imports", "Settings", "Forward process", "Masked SFT loss", "One-step estimator", "diffu-GRPO",
             "Block decoder", "Models", "Tokenizer", "Tasks", "The two stages", "Evaluation", "Checkpoint", "Screen",
-            "Main"]
+            "Chat", "Main"]
 
 
 def test_each_equation_stands_in_one_docstring_that_of_its_function():
@@ -39,7 +39,7 @@ def test_deviation_tags_of_table_and_body_are_the_same():
 
 def test_sections_in_order_and_the_mathematics_short_and_pure():
     rules = re.findall(r"^# %% (\d+)\. (.*)$", SOURCE, re.M)
-    assert [int(n) for n, _ in rules] == [*range(1, 15), 16]
+    assert [int(n) for n, _ in rules] == [*range(1, 17)]
     assert all(title.startswith(want) for (_, title), want in zip(rules, SECTIONS, strict=True))
     parts = re.split(r"^# %% \d+\..*$", SOURCE, flags=re.M)
     mathematics = "".join(parts[3:7])
@@ -51,7 +51,7 @@ def test_functions_are_short_documented_and_free_of_dead_ends():
     for node in ast.walk(ast.parse(SOURCE)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 70, node.name
-    assert SOURCE.count("\n") <= 3100 and not re.search(r"TODO|FIXME|XXX|NotImplementedError|except:", SOURCE)
+    assert SOURCE.count("\n") <= 3350 and not re.search(r"TODO|FIXME|XXX|NotImplementedError|except:", SOURCE)
 
 
 def readme_commands():
