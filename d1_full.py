@@ -120,6 +120,7 @@ def opt(paper, help, source="ours", *, official=None, tiny=None, choices=(), low
 RL_TASKS = ("gsm8k", "math500", "count", "sudoku", "custom")
 TASK_CHOICES = ("sft_only", *RL_TASKS, "table1")
 CACHES = ("none", "prefix", "dual")  # of keys and values, see BlockCache
+TRACKERS = ("tensorboard", "wandb", "trackio")
 HUB_SECONDS = 10  # until a hub that says nothing counts as out of reach
 HUB_ROWS = 20000  # more problems than the paper's longest run draws
 
@@ -143,7 +144,9 @@ class Settings:
     skip_eval: bool = opt({"sft_only": True, "*": False}, "train only", tiny=False)
     eval_only: bool = opt(False, "evaluate --model on --task and stop")
     resume: bool = opt(False, "continue the run in --output_dir from its last good checkpoint")
+    auto_resume: bool = opt(False, "as --resume where a checkpoint is there, from the start where none is")
     allow_changed: bool = opt(False, "resume although other flags than those of the run that stopped are given")
+    report_to: str = opt("none", "show the figures of metrics.jsonl to a tracker too", choices=("none", *TRACKERS))
     dry_run: bool = opt(False, "print settings and cost, load nothing, stop")
     debug: bool = opt(False, "show the traceback of an error")
     # the model
@@ -1453,7 +1456,9 @@ class Stage:
         from accelerate import Accelerator
         self.model, self.tokenizer, self.cfg, self.out = model, tokenizer, cfg, Path(out)
         self.lr, self.clip, self.total, self.step = lr, clip, total, 0
-        self.accel = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")  # `precision` sees to it
+        self.accel = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no",  # `precision` sees to it
+                                 log_with=None if cfg.report_to == "none" else cfg.report_to,
+                                 project_dir=self.out / "logs" / self.name)  # tensorboard's
         sharded, zero = self.accel.is_fsdp2, self.accel.state.deepspeed_plugin
         if ("FSDP" in self.accel.distributed_type and not sharded) or (zero and zero.zero_stage not in (1, 2)):
             raise UserError("this form of sharding is not supported: launch with fsdp_version: 2, or zero_stage: 2")
@@ -1549,18 +1554,44 @@ class Stage:
         screen.say(f"  warning: {text}; update left out, {self.skipped} in a row")
         return {"skipped": self.skipped}
 
+    @contextlib.contextmanager
+    def tracked(self) -> Iterator[None]:
+        """The tracker of --report_to, open; closed by itself, since accelerate's end_training ends the group too."""
+        run = dict(name=f"{self.out.name}-{self.name}", group=str(self.out))
+        again = dict(purge_step=self.step + 1)  # tensorboard then hides the steps that a resumed run makes again
+        with refusing(f"--report_to {self.cfg.report_to} does not start", Stopped):
+            self.accel.init_trackers("d1_full", config=dataclasses.asdict(self.cfg),
+                                     init_kwargs=dict(tensorboard=again, wandb=run, trackio=run))
+        try:
+            yield
+        finally:
+            for tracker in self.accel.trackers:
+                tracker.finish()
+            self.accel.trackers.clear()
+
+    def log(self, figures: dict) -> None:
+        """Add a step's or a check's figures to metrics.jsonl and to the tracker; one process does."""
+        append_jsonl(self.out / "metrics.jsonl", {"stage": self.name, "step": self.step, **figures})
+        self.accel.log({f"{self.name}/{k}": v for k, v in figures.items()}, step=self.step)
+
     def look(self, screen: Screen) -> None:
         """The held-out check, logged."""
         figures = self.check(screen)
-        append_jsonl(self.out / "metrics.jsonl", {"stage": self.name, "step": self.step, **figures})
+        self.log(figures)
         screen.advance(figures, 0)
         self.owed = False
 
     def run(self, screen: Screen) -> None:
-        """Update until `total` steps are done; log each, save every `save_steps` and when a signal asks to stop."""
+        """Train to the end, with a held-out check first if one is owed, and the tracker open."""
         screen.start(self.name, self.total, self.step)
-        if self.owed:
-            self.look(screen)
+        with self.tracked():
+            if self.owed:
+                self.look(screen)
+            self.loop(screen)
+        screen.stop()
+
+    def loop(self, screen: Screen) -> None:
+        """Update until `total` steps are done; log each, save every `save_steps` and when a signal asks to stop."""
         with stop_signals() as came:
             while self.step < self.total and not 0 < self.cfg.patience <= self.stale:
                 began = time.perf_counter()
@@ -1568,8 +1599,8 @@ class Stage:
                 if self.skipped:
                     metrics = self.set_aside(screen)
                 self.step += 1
-                metrics |= {"stage": self.name, "step": self.step, "seconds": round(time.perf_counter() - began, 4)}
-                append_jsonl(self.out / "metrics.jsonl", metrics)
+                metrics["seconds"] = round(time.perf_counter() - began, 4)
+                self.log(metrics)
                 screen.advance(metrics)
                 number = int(self.accel.gather(torch.tensor([max(came, default=0)], device=self.device)).max())
                 due = self.step == self.total or self.step % self.cfg.save_steps == 0
@@ -1581,7 +1612,6 @@ class Stage:
                 if number:
                     where = f"{signal.Signals(number).name} after {self.name} step {self.step}, which is saved"
                     raise Stopped(f"{where}; the same flags and --resume go on from there", 128 + number)
-        screen.stop()
 
 class MaskedSFT(Stage):
     """Stage 1: masked supervised fine-tuning.   d1 Algorithm 2, Sec. 3.3
@@ -2142,11 +2172,12 @@ def load_trainer(stage: Stage, screen: Screen) -> bool:
     write_whole(log, lambda part: part.write_text("".join(json.dumps(r) + "\n" for r in kept)))
     return path is not None
 
+FREE = ("resume", "auto_resume", "allow_changed", "output_dir", "config", "threads", "debug", "skip_eval", "dry_run",
+        "keep", "max_skips", "report_to", "smoke", "sweep", "sweep_space")  # flags that cannot change a run's result
+
 def changed_settings(then: dict, now: Settings, *free: str) -> list[str]:
-    """Flags of a saved run that are not as now, but for those that cannot change its result and `free`."""
-    free += ("resume", "allow_changed", "output_dir", "config", "threads", "debug", "skip_eval", "dry_run", "keep",
-             "max_skips")
-    return [f"--{k} {v}" for k, v in then.items() if v != getattr(now, k, None) and k not in free]
+    """Flags of a saved run that are not as now, but for those of FREE and `free`."""
+    return [f"--{k} {v}" for k, v in then.items() if v != getattr(now, k, None) and k not in (*FREE, *free)]
 
 def export_model(model, tokenizer, out: Path, state: dict | None = None, form: str = "") -> None:
     """Save model and tokenizer in hub format, or in a form of --export; then d1_state.json, which says it is whole."""
@@ -2331,6 +2362,10 @@ def settle(given: dict[str, tuple[Any, str]]) -> tuple[Settings, dict[str, str]]
     validate(cfg)
     return cfg, origin
 
+def has_package(name: str) -> bool:
+    """Whether a package is installed; a mere folder of its name, as wandb leaves one, is none."""
+    return bool(getattr(importlib.util.find_spec(name), "origin", None))
+
 def validate(cfg: Settings) -> None:
     """UserError on values that cannot run, before anything is loaded."""
     for f in dataclasses.fields(Settings):
@@ -2361,7 +2396,9 @@ def validate(cfg: Settings) -> None:
          "--model tiny starts from random weights: train it without --use_lora and --load_4bit first"),
         (cfg.load_4bit and trains and not cfg.use_lora, "--load_4bit weights cannot be trained: add --use_lora"),
         (cfg.load_4bit and cfg.export, "--export needs unpacked weights: export the saved adapter without --load_4bit"),
-        (cfg.load_4bit and not importlib.util.find_spec("bitsandbytes"), "--load_4bit needs the package bitsandbytes"),
+        (cfg.load_4bit and not has_package("bitsandbytes"), "--load_4bit needs the package bitsandbytes"),
+        (cfg.report_to != "none" and not has_package(cfg.report_to),  # accelerate would leave it out
+         f"--report_to {cfg.report_to} needs the package {cfg.report_to}: pip install {cfg.report_to}"),
         (cfg.attn == "flash_attention_2" and not (importlib.util.find_spec("flash_attn") and torch.cuda.is_available()),
          "--attn flash_attention_2 needs a CUDA GPU and the package flash-attn: use --attn auto")):
         if wrong:
@@ -2643,7 +2680,9 @@ def run(argv: Sequence[str] | None) -> None:
         export_model(model, tokenizer, Path(cfg.output_dir), form=cfg.export)
         return screen.say(f"{cfg.model} is now in {cfg.output_dir}, in the form {cfg.export}")
     began, out = time.monotonic(), Path(cfg.output_dir) / {"sft_only": "sft"}.get(cfg.task, cfg.task)
-    if cfg.resume and not (out.exists() if cfg.task == "table1" else (out / "trainer" / "manifest.json").exists()):
+    saved = (out if cfg.task == "table1" else out / "trainer" / "manifest.json").exists()
+    cfg.resume = cfg.resume or (cfg.auto_resume and saved)
+    if cfg.resume and not saved:
         raise UserError(f"nothing to resume in {out}: run without --resume")
     try:
         entries = run_table1(cfg, screen, out, given) if cfg.task == "table1" else run_stages(cfg, screen, out)
