@@ -75,6 +75,7 @@ import os
 import random
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -148,6 +149,10 @@ class Settings:
     allow_changed: bool = opt(False, "resume although other flags than those of the run that stopped are given")
     report_to: str = opt("none", "show the figures of metrics.jsonl to a tracker too", choices=("none", *TRACKERS))
     dry_run: bool = opt(False, "print settings and cost, load nothing, stop")
+    smoke: bool = opt(False, "check each part of the run on a few rows, train and write nothing, stop")
+    sweep: int = opt(0, "trials: runs with settings from --sweep_space, chosen by optuna; by accuracy on the test "
+                     "problems, of sft_only by held-out loss; several processes may share them", low=0)
+    sweep_space: str = opt("", "YAML file, a setting a line: a list of choices, or {low: , high: , log: true}")
     debug: bool = opt(False, "show the traceback of an error")
     # the model
     use_lora: bool = opt(False, "train LoRA adapters instead of all weights")
@@ -2337,7 +2342,11 @@ def config_words(path: str) -> list[str]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         if not isinstance(content, dict) or any(isinstance(v, dict | list | None) for v in content.values()):
             raise ValueError("write one 'flag: value' a line")
-    return [f"--{k}" if v is True else f"--no-{k}" if v is False else f"--{k}={v}" for k, v in content.items()]
+    return words_of(content)
+
+def words_of(values: dict[str, Any]) -> list[str]:
+    """Settings as command-line words."""
+    return [f"--{k}" if v is True else f"--no-{k}" if v is False else f"--{k}={v}" for k, v in values.items()]
 
 def read_flags(argv: Sequence[str] | None) -> dict[str, tuple[Any, str]]:
     """What the user gave: {name: (value, "command line" or "config")}; the command line wins."""
@@ -2366,14 +2375,19 @@ def has_package(name: str) -> bool:
     """Whether a package is installed; a mere folder of its name, as wandb leaves one, is none."""
     return bool(getattr(importlib.util.find_spec(name), "origin", None))
 
+def check_bounds(name: str, value: Any) -> None:
+    """UserError if a setting's value is too small, too large or not finite."""
+    f = Settings.__dataclass_fields__[name]
+    low, high = f.metadata["low"], f.metadata["high"]
+    top = sys.float_info.max if high is None else high
+    if f.type in ("int", "float") and not low <= value <= top:  # as no infinity and no nan is
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise UserError(f"--{name} must be {'finite and ' * (not math.isfinite(value))}{bounds}, not {value}")
+
 def validate(cfg: Settings) -> None:
     """UserError on values that cannot run, before anything is loaded."""
-    for f in dataclasses.fields(Settings):
-        value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
-        top = sys.float_info.max if high is None else high
-        if f.type in ("int", "float") and not low <= value <= top:  # as no infinity and no nan is
-            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise UserError(f"--{f.name} must be {'finite and ' * (not math.isfinite(value))}{bounds}, not {value}")
+    for name in Settings.__annotations__:
+        check_bounds(name, getattr(cfg, name))
     if not re.fullmatch(r"\d+(,\d+)*", str(cfg.eval_lengths)):
         raise UserError(f"--eval_lengths must be numbers with commas, such as 128,256,512, not {cfg.eval_lengths}")
     for flag, length in [("gen_length", cfg.gen_length)] + [("eval_lengths", n) for n in cfg.lengths()]:
@@ -2396,6 +2410,12 @@ def validate(cfg: Settings) -> None:
          "--model tiny starts from random weights: train it without --use_lora and --load_4bit first"),
         (cfg.load_4bit and trains and not cfg.use_lora, "--load_4bit weights cannot be trained: add --use_lora"),
         (cfg.load_4bit and cfg.export, "--export needs unpacked weights: export the saved adapter without --load_4bit"),
+        (cfg.smoke and not cfg.task, "--smoke needs --task, the run to check"),
+        (bool(cfg.sweep) != bool(cfg.sweep_space), "--sweep N and --sweep_space FILE.yaml go together"),
+        (cfg.sweep and not has_package("optuna"), "--sweep needs the package optuna: pip install optuna"),
+        (cfg.sweep and cfg.task in ("", "table1"), "--sweep needs one task: not table1, nor --export alone"),
+        (cfg.sweep and cfg.resume, "--sweep goes on by itself where it stopped: leave out --resume"),
+        (cfg.sweep and cfg.skip_eval and cfg.task in RL_TASKS, "--sweep compares evaluations: leave out --skip_eval"),
         (cfg.load_4bit and not has_package("bitsandbytes"), "--load_4bit needs the package bitsandbytes"),
         (cfg.report_to != "none" and not has_package(cfg.report_to),  # accelerate would leave it out
          f"--report_to {cfg.report_to} needs the package {cfg.report_to}: pip install {cfg.report_to}"),
@@ -2508,18 +2528,32 @@ def run_stage(stage: Stage, stages: list[str], cfg: Settings, screen: Screen) ->
     plot_curves(stage.out)
     processes().wait_for_everyone()
 
+def tasks_of(cfg: Settings) -> list[Task]:
+    """The benchmarks that a run deals with."""
+    if cfg.task == "custom":
+        return [Custom(cfg.reward, cfg.reward_errors == "zero")]
+    return [task for task in TASKS.values() if cfg.task in (task.name, "sft_only", "table1")]
+
+def stages_passed(cfg: Settings) -> list[str]:
+    """The stages that have trained --model."""
+    return list(read_json(Path(cfg.model, "d1_state.json")).get("stages", []))
+
+def load_data(cfg: Settings, tasks: list[Task], tokenizer, screen: Screen) -> tuple[dict[Task, dict], list]:
+    """What a run works on: {task: {split: problems}} and the traces of stage 1, none if it has no stage 1."""
+    reinforces, evaluates = cfg.task in RL_TASKS and not cfg.eval_only, cfg.eval_only or not cfg.skip_eval
+    names = ("train", "heldout", "test") if reinforces else ("test",) * evaluates
+    splits = {task: {name: problems_of(cfg, task, name) for name in names} for task in tasks}
+    taught = reinforces and (cfg.skip_sft or "sft" in stages_passed(cfg))
+    return splits, [] if cfg.eval_only or taught else sft_rows(cfg, tokenizer, tasks, screen)
+
 def run_stages(cfg: Settings, screen: Screen, out: Path, before: bool = True) -> list[dict]:
     """Stage 1 if needed, evaluation, stage 2 on a benchmark, evaluation. Returns the entries of eval.json it made."""
     from accelerate.utils import gather_object
-    tasks = [Custom(cfg.reward, cfg.reward_errors == "zero")] if cfg.task == "custom" else [
-        task for task in TASKS.values() if cfg.task in (task.name, "sft_only", "table1")]
+    tasks = tasks_of(cfg)
     model, tokenizer = open_model(cfg, screen)
-    stages = list(read_json(Path(cfg.model, "d1_state.json")).get("stages", []))
+    stages = stages_passed(cfg)
     reinforces, evaluates = cfg.task in RL_TASKS and not cfg.eval_only, cfg.eval_only or not cfg.skip_eval
-    teaches = not cfg.eval_only and not (reinforces and (cfg.skip_sft or "sft" in stages))
-    names = ("train", "heldout", "test") if reinforces else ("test",) * evaluates
-    splits = {task: {name: problems_of(cfg, task, name) for name in names} for task in tasks}
-    traces = sft_rows(cfg, tokenizer, tasks, screen) if teaches else []
+    splits, traces = load_data(cfg, tasks, tokenizer, screen)
     _lock = prepare_folder(cfg, out, screen)  # held as long as this function runs
     def look() -> list[dict]:
         row = "d1" if {"sft", "diffu_grpo"} <= set(stages) else ["base", *stages][-1]
@@ -2531,7 +2565,7 @@ def run_stages(cfg: Settings, screen: Screen, out: Path, before: bool = True) ->
             n, keys = len(split["test"]), map(task.key, split["test"])
             seen = sum(split_of(key) == "train" for key in keys if key.startswith(task.name + "/"))
             screen.say(f"{cfg.data}: {n} problems, {seen} of them (sudoku: grids) in the embedded training split")
-    if teaches:
+    if traces:
         run_stage(MaskedSFT(model, tokenizer, traces, cfg, out), ["sft"], cfg, screen)
         stages = ["sft"]
     if not reinforces:
@@ -2604,6 +2638,222 @@ def run_table1(cfg: Settings, screen: Screen, out: Path, given: dict) -> list[di
     write_json(out / "eval.json", entries)
     return sorted(entries, key=lambda e: (list(TASKS).index(e["task"]), list(ROW_TITLES).index(e["row"])))
 
+def smoke(cfg: Settings, screen: Screen) -> None:
+    """--smoke: each part of the run once on a few rows, nothing trained or written. Stopped names what failed."""
+    rows = []
+    @contextlib.contextmanager
+    def check(name):
+        began, seen = time.perf_counter(), []
+        def see(good, text):
+            if not good:
+                raise Stopped(text)
+            seen.append(text)
+        try:
+            with refusing("error", Stopped):
+                yield see
+        except (UserError, Stopped) as e:
+            seen.append("FAILED")
+            raise Stopped(f"--smoke: {name} failed: {e}") from e
+        finally:
+            rows.append((name, ", ".join(seen), f"{time.perf_counter() - began:.1f}"))
+    try:
+        smoke_checks(cfg, screen, check)
+    finally:
+        screen.table("Smoke checks", ["check", "seen", "seconds"], rows)
+    screen.say(f"all {len(rows)} checks passed; nothing was trained or written")
+
+def smoke_checks(cfg: Settings, screen: Screen, check: Callable) -> None:
+    """The checks of `smoke`: within check(name) as see, see(good, text) tells what was seen and fails if not good."""
+    few = dict(n_traces=8, steps_rl=min(cfg.steps_rl, cfg.mu), reward_errors="stop")
+    cfg = dataclasses.replace(cfg, **few, steps_sft=1, bs_sft=2 * processes().num_processes, rows_sft=1, lr_sft=0.0)
+    parts, problems, rows = [cfg], {}, []  # rows: (ids, prompt_len)
+    if cfg.task == "table1":
+        parts = [dataclasses.replace(cfg, task=name, skip_sft=True) for name in TASKS]
+        parts.append(dataclasses.replace(cfg, task="sft_only", skip_eval=True))
+    with check("model") as see:
+        model, tokenizer = open_model(cfg, screen)
+        mask, eos = tokenizer.mask_token_id, tokenizer.eos_token_id
+        see(True, f"{type(model).__name__}, {str(model.dtype).split('.')[1]}")
+    with check("tokenizer") as see:
+        see(None not in (mask, eos) and mask != eos, f"mask {mask}, EOS {eos}")
+        back = tokenizer.decode(ids := tokenizer.encode(SYSTEM, add_special_tokens=False))
+        plain, said = ("".join(text.lower().split()) for text in (SYSTEM, back))  # BERT has no capitals, no newlines
+        see(plain == said, f"{len(ids)} tokens read back {'alike' if plain == said else 'as ' + repr(back)}")
+    with check("data") as see:
+        for part in parts:
+            splits, traces = load_data(part, tasks_of(part), tokenizer, screen)
+            problems, rows = problems | {task: split for task, split in splits.items() if split}, rows + traces
+        see(True, "; ".join([f"{t.name} " + ", ".join(f"{k} {len(v):,}" for k, v in split.items())
+                             for t, split in problems.items()] + [f"SFT rows {len(rows):,}"]))
+        chosen = [(task, e) for task, split in problems.items() for e in split["test"][:2]]
+        asked = [evaluation_prompts(tokenizer, task, [e], cfg)[0][0] for task, e in chosen] or [
+            ids[:n] for ids, n in rows[:2]]
+    if not rows:  # without a stage 1 its loss is tried on this text as a reply
+        reply = tokenizer.encode(SYSTEM, add_special_tokens=False) + turn_end(tokenizer)
+        rows = [(prompt + reply, len(prompt)) for prompt in asked]
+        cfg.sft_length, cfg.sft_extra = max(len(ids) for ids, _ in rows), 0
+    prompt, real = pad_left(asked, tokenizer.pad_token_id, model.device)  # (B, P)
+    with check("forward pass") as see, torch.no_grad(), precision(model.device):
+        check_positions(model, prompt.shape[1] + max(cfg.lengths()) * bool(chosen))
+        x = F.pad(prompt, (0, cfg.block_length), value=mask)  # (B, P+K)
+        logits = model.eval()(x, attention_mask=extend_mask(real, x.shape[1])).logits  # (B, P+K, V)
+        see(logits.shape[:2] == x.shape, f"logits {tuple(logits.shape)}")
+        see(bool(logits.isfinite().all()), f"{int((~logits.isfinite()).sum())} not finite")
+    if not cfg.eval_only:
+        with check("masking") as see:
+            stage = MaskedSFT(model, tokenizer, rows, cfg, Path(cfg.output_dir))
+            x0, keep = stage.collate(rows[:8], cfg.sft_length)  # (B, L)
+            n = int((~keep).sum())
+            for t in (0.1, 0.5, 0.9):
+                xt, masked = forward_process(x0, torch.full((len(x0),), t), keep, mask, stream(cfg.seed, "smoke", t))
+                share, kept = int(masked.sum()) / n, torch.equal(xt[~masked], x0[~masked]) and not masked[keep].any()
+                near = abs(share - t) <= 5 * math.sqrt(t * (1 - t) / n)
+                see(kept and near, f"t {t}: {share:.2f}" + ", and other tokens or the prompt changed" * (not kept))
+        with check("SFT loss, backward") as see:
+            figures = stage.update()  # at learning rate 0
+            good = all(0 <= figures[k] < math.inf for k in ("loss", "grad_norm"))
+            see(good, f"loss {figures['loss']:.3f}, gradient {figures['grad_norm']:.3f}")
+            stage.finish(screen)
+    with check("decoding") as see, precision(model.device):
+        eval_mode(model)
+        out = diffuse_decode(model, prompt, attention_mask=real, gen_length=cfg.block_length, steps=4, mask_id=mask,
+                             block_length=cfg.block_length, cache=cfg.cache, eos_id=eos)[:, prompt.shape[1] :]  # (B, K)
+        see(not (out == mask).any(), f"{out.numel()} tokens, {int((out == mask).sum())} of them masks")
+    if cfg.task != "sft_only":
+        with check("reward") as see:
+            for (task, example), text in zip(chosen, reply_texts(tokenizer, out), strict=True):
+                paid = task.pay([text], [example], cfg.preset == "official")[0]
+                see(paid and all(map(math.isfinite, paid.values())), f"{task.name} {sum(paid.values()):.2f}")
+
+def read_space(path: str) -> dict[str, Any]:
+    """--sweep_space as {setting: its optuna distribution}; every value is read as if it stood on the command line."""
+    import yaml
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    space = {}
+    with refusing(f"--sweep_space {path}"):
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not content:
+            raise ValueError("write a setting a line, 'lr_rl: {low: 1e-5, high: 1e-3, log: true}' or 'mu: [4, 8]'")
+        for name, wanted in content.items():
+            kind, ranges = Settings.__annotations__.get(name), isinstance(wanted, dict)
+            if name in (*FREE, "task", "eval_only", "export"):
+                raise UserError(f"--sweep_space {path}: --{name} cannot be swept")
+            values = [wanted.get("low"), wanted.get("high")] if ranges else wanted
+            if ranges and (not {"low", "high"} <= set(wanted) <= {"low", "high", "log"} or
+                           type(wanted.get("log", False)) is not bool or kind not in ("int", "float", None)):
+                raise ValueError(f"{name}: a range is {{low: , high: , log: true or false}} of a number")
+            if not isinstance(values, list) or not values or any(isinstance(v, dict | list | None) for v in values):
+                raise ValueError(f"{name}: give a list of choices, or {{low: , high: }}")
+            values = [parse_words(words_of({name: v}))[name] for v in values]
+            for value in values:
+                check_bounds(name, value)
+            number = IntDistribution if kind == "int" else FloatDistribution
+            space[name] = number(*values, log=wanted.get("log", False)) if ranges else CategoricalDistribution(values)
+    return space
+
+def open_study(cfg: Settings, space: dict[str, Any], folder: Path):
+    """The study in folder/sweep.db, new or of the same flags and space; it is silent."""
+    import filelock
+    import optuna
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    told = {name: optuna.distributions.distribution_to_json(d) for name, d in space.items()}
+    with refusing(f"cannot use {folder / 'sweep.db'}"), filelock.FileLock(folder / ".sweep.lock"):
+        storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'sweep.db'}",
+                                             engine_kwargs={"connect_args": {"timeout": 60}})
+        study = optuna.create_study(storage=storage, study_name="d1_full", direction="maximize", load_if_exists=True)
+        then = study.user_attrs or dict(settings=dataclasses.asdict(cfg), space=told)
+        changed = changed_settings(then["settings"], cfg) + ["another --sweep_space"] * (then["space"] != told)
+        if changed:
+            raise ValueError(f"that sweep had {', '.join(changed)}: give its flags, or another --output_dir")
+        for name, value in then.items():
+            study.set_user_attr(name, value)
+    return study
+
+def next_trial(study, cfg: Settings, space: dict[str, Any], folder: Path):
+    """(trial, its lock, held), or None when enough are done or under way; one whose process died does not count."""
+    import filelock
+    import optuna
+    count, states = 0, optuna.trial.TrialState
+    with filelock.FileLock(folder / ".sweep.lock"):  # so that processes see each other's trials, and propose others
+        trials = study.get_trials(deepcopy=False)
+        for trial in trials:
+            lock = filelock.FileLock(folder / f".trial{trial.number}.lock", timeout=0)
+            try:
+                if trial.state == states.RUNNING:
+                    with lock:  # the system has freed it: nobody works on this trial any more
+                        study.tell(trial.number, state=states.FAIL)
+            except filelock.Timeout:
+                count += 1
+            count += trial.state in (states.COMPLETE, states.PRUNED)
+        if count >= cfg.sweep:
+            return None
+        seed = stream(cfg.seed, "sweep", len(trials)).initial_seed() % 2**32
+        study.sampler = optuna.samplers.TPESampler(seed=seed)
+        trial = study.ask(space)
+        return trial, filelock.FileLock(folder / f".trial{trial.number}.lock", timeout=0).acquire()
+
+def trial_value(cfg: Settings, entries: list[dict], out: Path) -> float:
+    """What a sweep compares: mean accuracy (custom: reward) of the last row, or minus the last held-out loss."""
+    if cfg.task in RL_TASKS:
+        key = Custom.score if cfg.task == "custom" else "accuracy"
+        values = [e[key] for e in entries if e["row"] == entries[-1]["row"]]
+    else:
+        values = [-r["heldout_loss"] for r in read_log(out / "metrics.jsonl") if "heldout_loss" in r][-1:]
+    value = sum(values) / len(values) if values else math.nan
+    if not math.isfinite(value):
+        raise NonFiniteLoss("no finite figure to compare was made")
+    return value
+
+def run_trial(screen: Screen, given: dict, params: dict[str, Any], out: Path) -> float | None:
+    """One trial's value; None if it failed, which does not end the sweep."""
+    screen.say(f"--- {out}: {' '.join(words_of(params))}")
+    try:
+        own = settle(given | {k: (v, "sweep") for k, v in params.items()})[0]
+        value = trial_value(own, run_stages(own, screen, out), out)
+    except (UserError, NonFiniteLoss) as e:
+        return screen.say(f"--- {out} failed: {e}")
+    except (KeyboardInterrupt, Stopped) as e:
+        why = str(e).partition(";")[0] or "Ctrl-C"  # the rest is of --resume
+        text = f"trial {out.name} is given up: {why}; finished ones are kept, and the same command goes on"
+        raise Stopped(text, getattr(e, "status", 130)) from e
+    finally:
+        screen.stop()
+    screen.say(f"--- {out}: {value:.4f}")
+    return value
+
+def run_sweep(cfg: Settings, screen: Screen, given: dict, space: dict[str, Any]) -> None:
+    """--sweep trials, each a run of its own by `run_stages`, then the best. Processes of one folder share the study."""
+    import optuna
+    from accelerate.utils import broadcast_object_list
+    folder, main = Path(cfg.output_dir) / f"{cfg.task}-sweep", processes().is_main_process
+    folder.mkdir(parents=True, exist_ok=True)
+    study = open_study(cfg, space, folder) if main else None
+    while True:
+        trial, lock = (main and next_trial(study, cfg, space, folder)) or (None, contextlib.nullcontext())
+        number, params = broadcast_object_list([(trial.number, trial.params) if trial else (None, None)])[0]
+        if number is None:
+            break
+        with lock:
+            value = run_trial(screen, given, params, folder / str(number))
+            if main:  # a failed one counts, and "pruned" keeps the sampler away from there
+                study.tell(trial, value, state=None if value is not None else optuna.trial.TrialState.PRUNED)
+        gc.collect()
+    if main:
+        sweep_table(study, space, screen)
+        screen.say(f"trials and their runs are in {folder}")
+
+def sweep_table(study, space: dict[str, Any], screen: Screen) -> None:
+    """The ten best trials, and the flags of the best. Stopped if none went well."""
+    trials = study.get_trials(deepcopy=False)
+    done = sorted((t for t in trials if t.state.name == "COMPLETE"), key=lambda t: -t.value)
+    failed, under_way = (sum(t.state.name == name for t in trials) for name in ("PRUNED", "RUNNING"))
+    rows = [(t.number, f"{t.value:.4f}", *(t.params[k] for k in space)) for t in done[:10]]
+    screen.table(f"Best of {len(done)} trials, {failed} failed, {under_way} under way elsewhere",
+                 ["trial", "value", *space], rows)
+    if not done:
+        raise Stopped("no trial of the sweep went well; their messages are above")
+    screen.say(f"best: {shlex.join(words_of(done[0].params))}")
+
 def skeleton(cfg: Settings):
     """The model without memory for its weights, for counting."""
     if cfg.model == "tiny":
@@ -2674,11 +2924,16 @@ def run(argv: Sequence[str] | None) -> None:
     screen = Screen()
     if cfg.dry_run:
         return dry_run(cfg, origin, screen)
+    space = read_space(cfg.sweep_space) if cfg.sweep else {}
     torch.set_num_threads(cfg.threads or min(torch.get_num_threads(), 8))
     if not cfg.task:
         model, tokenizer = open_model(cfg, screen)
         export_model(model, tokenizer, Path(cfg.output_dir), form=cfg.export)
         return screen.say(f"{cfg.model} is now in {cfg.output_dir}, in the form {cfg.export}")
+    if cfg.smoke:
+        return smoke(cfg, screen)
+    if cfg.sweep:
+        return run_sweep(cfg, screen, given, space)
     began, out = time.monotonic(), Path(cfg.output_dir) / {"sft_only": "sft"}.get(cfg.task, cfg.task)
     saved = (out if cfg.task == "table1" else out / "trainer" / "manifest.json").exists()
     cfg.resume = cfg.resume or (cfg.auto_resume and saved)
