@@ -1566,7 +1566,7 @@ class Stage:
         again = dict(purge_step=self.step + 1)  # tensorboard then hides the steps that a resumed run makes again
         with refusing(f"--report_to {self.cfg.report_to} does not start", Stopped):
             self.accel.init_trackers("d1_full", config=dataclasses.asdict(self.cfg),
-                                     init_kwargs=dict(tensorboard=again, wandb=run, trackio=run))
+                                     init_kwargs=dict(tensorboard=again, wandb=run | dict(dir=str(self.out)), trackio=run))
         try:
             yield
         finally:
@@ -2312,7 +2312,7 @@ def plot_curves(out: Path) -> None:
         axis.set(title=title, xlabel=f"{stage} update", yscale="log" if min(y) > 0 and stage == "sft" else "linear")
     write_whole(out / "curves.png", lambda part: figure.savefig(part, format="png", dpi=120))
 
-# %% 16. Main — settings, launch, dry run
+# %% 16. Main — settings, launch, smoke, sweep, dry run
 def parse_words(words: Sequence[str] | None) -> dict[str, Any]:
     """The values of the flags, one per field of Settings, among command-line words. UserError on another word."""
     parser = argparse.ArgumentParser(
@@ -2683,8 +2683,10 @@ def smoke_checks(cfg: Settings, screen: Screen, check: Callable) -> None:
         for part in parts:
             splits, traces = load_data(part, tasks_of(part), tokenizer, screen)
             problems, rows = problems | {task: split for task, split in splits.items() if split}, rows + traces
-        see(True, "; ".join([f"{t.name} " + ", ".join(f"{k} {len(v):,}" for k, v in split.items())
-                             for t, split in problems.items()] + [f"SFT rows {len(rows):,}"]))
+        sizes = collections.Counter()
+        for split in problems.values():
+            sizes.update({name: len(found) for name, found in split.items()})
+        see(True, ", ".join(f"{name} {n:,}" for name, n in [*sizes.items(), ("SFT rows", len(rows))]))
         chosen = [(task, e) for task, split in problems.items() for e in split["test"][:2]]
         asked = [evaluation_prompts(tokenizer, task, [e], cfg)[0][0] for task, e in chosen] or [
             ids[:n] for ids, n in rows[:2]]
@@ -2721,9 +2723,11 @@ def smoke_checks(cfg: Settings, screen: Screen, check: Callable) -> None:
         see(not (out == mask).any(), f"{out.numel()} tokens, {int((out == mask).sum())} of them masks")
     if cfg.task != "sft_only":
         with check("reward") as see:
-            for (task, example), text in zip(chosen, reply_texts(tokenizer, out), strict=True):
-                paid = task.pay([text], [example], cfg.preset == "official")[0]
-                see(paid and all(map(math.isfinite, paid.values())), f"{task.name} {sum(paid.values()):.2f}")
+            texts = reply_texts(tokenizer, out)
+            for task in problems:
+                mine = [(text, e) for text, (of, e) in zip(texts, chosen, strict=True) if of is task]
+                paid = [v for d in task.pay(*zip(*mine, strict=True), cfg.preset == "official") for v in d.values()]
+                see(paid and all(map(math.isfinite, paid)), f"{task.name} {sum(paid) / len(mine):.2f}")
 
 def read_space(path: str) -> dict[str, Any]:
     """--sweep_space as {setting: its optuna distribution}; every value is read as if it stood on the command line."""
