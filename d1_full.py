@@ -1563,10 +1563,10 @@ class Stage:
     def tracked(self) -> Iterator[None]:
         """The tracker of --report_to, open; closed by itself, since accelerate's end_training ends the group too."""
         run = dict(name=f"{self.out.name}-{self.name}", group=str(self.out))
-        again = dict(purge_step=self.step + 1)  # tensorboard then hides the steps that a resumed run makes again
+        own = dict(tensorboard=dict(purge_step=self.step + 1),  # which hides the steps that a resumed run makes again
+                   wandb=run | dict(dir=str(self.out)), trackio=run)
         with refusing(f"--report_to {self.cfg.report_to} does not start", Stopped):
-            self.accel.init_trackers("d1_full", config=dataclasses.asdict(self.cfg),
-                                     init_kwargs=dict(tensorboard=again, wandb=run | dict(dir=str(self.out)), trackio=run))
+            self.accel.init_trackers("d1_full", config=dataclasses.asdict(self.cfg), init_kwargs=own)
         try:
             yield
         finally:
