@@ -2718,8 +2718,9 @@ def smoke_checks(cfg: Settings, screen: Screen, check: Callable) -> None:
             stage.finish(screen)
     with check("decoding") as see, precision(model.device):
         eval_mode(model)
-        out = diffuse_decode(model, prompt, attention_mask=real, gen_length=cfg.block_length, steps=4, mask_id=mask,
-                             block_length=cfg.block_length, cache=cfg.cache, eos_id=eos)[:, prompt.shape[1] :]  # (B, K)
+        size = cfg.block_length
+        out = diffuse_decode(model, prompt, attention_mask=real, gen_length=size, block_length=size, mask_id=mask,
+                             steps=min(4, size), cache=cfg.cache)[:, prompt.shape[1] :]  # (B, K)
         see(not (out == mask).any(), f"{out.numel()} tokens, {int((out == mask).sum())} of them masks")
     if cfg.task != "sft_only":
         with check("reward") as see:
