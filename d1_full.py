@@ -76,6 +76,7 @@ import os
 import random
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -123,6 +124,7 @@ TASK_CHOICES = ("pretrain", "sft_only", *RL_TASKS, "table1", "chat")
 REMASKING = ("low_confidence", "random", "ancestral")  # which tokens a denoising step commits
 CACHES = ("none", "prefix", "dual")  # of keys and values, see BlockCache
 EMBEDDED = ("tiny", "tiny-bert", "tiny-modernbert")  # random weights of LLaDA's, BERT's and ModernBERT's networks
+TRACKERS = ("tensorboard", "wandb", "trackio")
 HUB_SECONDS = 10  # until a hub that says nothing counts as out of reach
 HUB_ROWS = 20000  # more problems than the paper's longest run draws
 
@@ -150,8 +152,14 @@ class Settings:
     skip_eval: bool = opt({"sft_only": True, "*": False}, "train only", tiny=False)
     eval_only: bool = opt(False, "evaluate --model on --task and stop")
     resume: bool = opt(False, "continue the run in --output_dir from its last good checkpoint")
+    auto_resume: bool = opt(False, "as --resume where a checkpoint is there, from the start where none is")
     allow_changed: bool = opt(False, "resume although other flags than those of the run that stopped are given")
+    report_to: str = opt("none", "show the figures of metrics.jsonl to a tracker too", choices=("none", *TRACKERS))
     dry_run: bool = opt(False, "print settings and cost, load nothing, stop")
+    smoke: bool = opt(False, "check each part of the run on a few rows, train and write nothing, stop")
+    sweep: int = opt(0, "trials: runs with settings from --sweep_space, chosen by optuna; by accuracy on the test "
+                     "problems, of sft_only by held-out loss; several processes may share them", low=0)
+    sweep_space: str = opt("", "YAML file, a setting a line: a list of choices, or {low: , high: , log: true}")
     debug: bool = opt(False, "show the traceback of an error")
     # the model
     use_lora: bool = opt(False, "train LoRA adapters instead of all weights")
@@ -1697,7 +1705,9 @@ class Stage:
         from accelerate import Accelerator
         self.model, self.tokenizer, self.cfg, self.out = model, tokenizer, cfg, Path(out)
         self.lr, self.clip, self.total, self.step = lr, clip, total, 0
-        self.accel = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")  # `precision` sees to it
+        self.accel = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no",  # `precision` sees to it
+                                 log_with=None if cfg.report_to == "none" else cfg.report_to,
+                                 project_dir=self.out / "logs" / self.name)  # tensorboard's
         sharded, zero = self.accel.is_fsdp2, self.accel.state.deepspeed_plugin
         if ("FSDP" in self.accel.distributed_type and not sharded) or (zero and zero.zero_stage not in (1, 2)):
             raise UserError("this form of sharding is not supported: launch with fsdp_version: 2, or zero_stage: 2")
@@ -1793,18 +1803,44 @@ class Stage:
         screen.say(f"  warning: {text}; update left out, {self.skipped} in a row")
         return {"skipped": self.skipped}
 
+    @contextlib.contextmanager
+    def tracked(self) -> Iterator[None]:
+        """The tracker of --report_to, open; closed by itself, since accelerate's end_training ends the group too."""
+        run = dict(name=f"{self.out.name}-{self.name}", group=str(self.out))
+        own = dict(tensorboard=dict(purge_step=self.step + 1),  # which hides the steps that a resumed run makes again
+                   wandb=run | dict(dir=str(self.out)), trackio=run)
+        with refusing(f"--report_to {self.cfg.report_to} does not start", Stopped):
+            self.accel.init_trackers("d1_full", config=dataclasses.asdict(self.cfg), init_kwargs=own)
+        try:
+            yield
+        finally:
+            for tracker in self.accel.trackers:
+                tracker.finish()
+            self.accel.trackers.clear()
+
+    def log(self, figures: dict) -> None:
+        """Add a step's or a check's figures to metrics.jsonl and to the tracker; one process does."""
+        append_jsonl(self.out / "metrics.jsonl", {"stage": self.name, "step": self.step, **figures})
+        self.accel.log({f"{self.name}/{k}": v for k, v in figures.items()}, step=self.step)
+
     def look(self, screen: Screen) -> None:
         """The held-out check, logged."""
         figures = self.check(screen)
-        append_jsonl(self.out / "metrics.jsonl", {"stage": self.name, "step": self.step, **figures})
+        self.log(figures)
         screen.advance(figures, 0)
         self.owed = False
 
     def run(self, screen: Screen) -> None:
-        """Update until `total` steps are done; log each, save every `save_steps` and when a signal asks to stop."""
+        """Train to the end, with a held-out check first if one is owed, and the tracker open."""
         screen.start(self.name, self.total, self.step)
-        if self.owed:
-            self.look(screen)
+        with self.tracked():
+            if self.owed:
+                self.look(screen)
+            self.loop(screen)
+        screen.stop()
+
+    def loop(self, screen: Screen) -> None:
+        """Update until `total` steps are done; log each, save every `save_steps` and when a signal asks to stop."""
         with stop_signals() as came:
             while self.step < self.total and not 0 < self.cfg.patience <= self.stale:
                 began = time.perf_counter()
@@ -1812,8 +1848,8 @@ class Stage:
                 if self.skipped:
                     metrics = self.set_aside(screen)
                 self.step += 1
-                metrics |= {"stage": self.name, "step": self.step, "seconds": round(time.perf_counter() - began, 4)}
-                append_jsonl(self.out / "metrics.jsonl", metrics)
+                metrics["seconds"] = round(time.perf_counter() - began, 4)
+                self.log(metrics)
                 screen.advance(metrics)
                 number = int(self.accel.gather(torch.tensor([max(came, default=0)], device=self.device)).max())
                 due = self.step == self.total or self.step % self.cfg.save_steps == 0
@@ -1825,7 +1861,6 @@ class Stage:
                 if number:
                     where = f"{signal.Signals(number).name} after {self.name} step {self.step}, which is saved"
                     raise Stopped(f"{where}; the same flags and --resume go on from there", 128 + number)
-        screen.stop()
 
 class MaskedSFT(Stage):
     """Stage 1: masked supervised fine-tuning.   d1 Algorithm 2, Sec. 3.3
@@ -2417,11 +2452,12 @@ def load_trainer(stage: Stage, screen: Screen) -> bool:
     write_whole(log, lambda part: part.write_text("".join(json.dumps(r) + "\n" for r in kept)))
     return path is not None
 
+FREE = ("resume", "auto_resume", "allow_changed", "output_dir", "config", "threads", "debug", "skip_eval", "dry_run",
+        "keep", "max_skips", "report_to", "smoke", "sweep", "sweep_space")  # flags that cannot change a run's result
+
 def changed_settings(then: dict, now: Settings, *free: str) -> list[str]:
-    """Flags of a saved run that are not as now, but for those that cannot change its result and `free`."""
-    free += ("resume", "allow_changed", "output_dir", "config", "threads", "debug", "skip_eval", "dry_run", "keep",
-             "max_skips")
-    return [f"--{k} {v}" for k, v in then.items() if v != getattr(now, k, None) and k not in free]
+    """Flags of a saved run that are not as now, but for those of FREE and `free`."""
+    return [f"--{k} {v}" for k, v in then.items() if v != getattr(now, k, None) and k not in (*FREE, *free)]
 
 def export_model(model, tokenizer, out: Path, state: dict | None = None, form: str = "") -> None:
     """Save model and tokenizer in hub format, or in a form of --export; then d1_state.json, which says it is whole."""
@@ -2851,7 +2887,7 @@ def __getattr__(name: str) -> Any:
         return text_diffusion_pipeline()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-# %% 16. Main — settings, launch, dry run
+# %% 16. Main — settings, launch, smoke, sweep, dry run
 def parse_words(words: Sequence[str] | None) -> dict[str, Any]:
     """The values of the flags, one per field of Settings, among command-line words. UserError on another word."""
     parser = argparse.ArgumentParser(
@@ -2881,7 +2917,11 @@ def config_words(path: str) -> list[str]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         if not isinstance(content, dict) or any(isinstance(v, dict | list | None) for v in content.values()):
             raise ValueError("write one 'flag: value' a line")
-    return [f"--{k}" if v is True else f"--no-{k}" if v is False else f"--{k}={v}" for k, v in content.items()]
+    return words_of(content)
+
+def words_of(values: dict[str, Any]) -> list[str]:
+    """Settings as command-line words."""
+    return [f"--{k}" if v is True else f"--no-{k}" if v is False else f"--{k}={v}" for k, v in values.items()]
 
 def read_flags(argv: Sequence[str] | None) -> dict[str, tuple[Any, str]]:
     """What the user gave: {name: (value, "command line" or "config")}; the command line wins."""
@@ -2905,14 +2945,23 @@ def settle(given: dict[str, tuple[Any, str]]) -> tuple[Settings, dict[str, str]]
     validate(cfg)
     return cfg, origin
 
+def has_package(name: str) -> bool:
+    """Whether a package is installed; a mere folder of its name, as wandb leaves one, is none."""
+    return bool(getattr(importlib.util.find_spec(name), "origin", None))
+
+def check_bounds(name: str, value: Any) -> None:
+    """UserError if a setting's value is too small, too large or not finite."""
+    f = Settings.__dataclass_fields__[name]
+    low, high = f.metadata["low"], f.metadata["high"]
+    top = sys.float_info.max if high is None else high
+    if f.type in ("int", "float") and not low <= value <= top:  # as no infinity and no nan is
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise UserError(f"--{name} must be {'finite and ' * (not math.isfinite(value))}{bounds}, not {value}")
+
 def validate(cfg: Settings) -> None:
     """UserError on values that cannot run, before anything is loaded."""
-    for f in dataclasses.fields(Settings):
-        value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
-        top = sys.float_info.max if high is None else high
-        if f.type in ("int", "float") and not low <= value <= top:  # as no infinity and no nan is
-            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise UserError(f"--{f.name} must be {'finite and ' * (not math.isfinite(value))}{bounds}, not {value}")
+    for name in Settings.__annotations__:
+        check_bounds(name, getattr(cfg, name))
     if not re.fullmatch(r"\d+(,\d+)*", str(cfg.eval_lengths)):
         raise UserError(f"--eval_lengths must be numbers with commas, such as 128,256,512, not {cfg.eval_lengths}")
     lengths = [("gen_length", cfg.gen_length)] + [("eval_lengths", n) for n in cfg.lengths()]
@@ -2929,7 +2978,7 @@ def validate(cfg: Settings) -> None:
         (cfg.task == "table1" and {*read_json(Path(cfg.model, "d1_state.json")).get("stages", [])} - {"pretrain"},
          f"--task table1 trains all rows of its table: give a model that neither stage has trained, not {cfg.model}"),
         (cfg.t_low > cfg.t_high, f"--t_low {cfg.t_low} must not be above --t_high {cfg.t_high}"),
-        (cfg.edit_rate and cfg.use_lora and cfg.task == "sft_only", "--edit_rate teaches a token: without --use_lora"),
+        (cfg.edit_rate and cfg.use_lora and cfg.trains(), "--edit_rate teaches a token: without --use_lora"),
         (cfg.bs_rl % cfg.group, f"--bs_rl {cfg.bs_rl} must be a multiple of --group {cfg.group}"),
         (cfg.eval_only and cfg.task not in RL_TASKS, f"--eval_only needs a benchmark: --task {', '.join(RL_TASKS)}"),
         ((cfg.task == "custom") != bool(cfg.reward), "--task custom and --reward FILE.py:FUNCTION go together"),
@@ -2943,7 +2992,15 @@ def validate(cfg: Settings) -> None:
          "random weights are trained without --use_lora and --load_4bit first"),
         (cfg.load_4bit and cfg.trains() and not cfg.use_lora, "--load_4bit weights cannot be trained: add --use_lora"),
         (cfg.load_4bit and cfg.export, "--export needs unpacked weights: export the saved adapter without --load_4bit"),
-        (cfg.load_4bit and not importlib.util.find_spec("bitsandbytes"), "--load_4bit needs the package bitsandbytes"),
+        (cfg.smoke and not cfg.task, "--smoke needs --task, the run to check"),
+        (bool(cfg.sweep) != bool(cfg.sweep_space), "--sweep N and --sweep_space FILE.yaml go together"),
+        (cfg.sweep and not has_package("optuna"), "--sweep needs the package optuna: pip install optuna"),
+        (cfg.sweep and cfg.task in ("", "table1"), "--sweep needs one task: not table1, nor --export alone"),
+        (cfg.sweep and cfg.resume, "--sweep goes on by itself where it stopped: leave out --resume"),
+        (cfg.sweep and cfg.skip_eval and cfg.task in RL_TASKS, "--sweep compares evaluations: leave out --skip_eval"),
+        (cfg.load_4bit and not has_package("bitsandbytes"), "--load_4bit needs the package bitsandbytes"),
+        (cfg.report_to != "none" and not has_package(cfg.report_to),  # accelerate would leave it out
+         f"--report_to {cfg.report_to} needs the package {cfg.report_to}: pip install {cfg.report_to}"),
         (cfg.attn == "flash_attention_2" and not (importlib.util.find_spec("flash_attn") and torch.cuda.is_available()),
          "--attn flash_attention_2 needs a CUDA GPU and the package flash-attn: use --attn auto")):
         if wrong:
@@ -2976,15 +3033,14 @@ def with_data_ratio(cfg: Settings, parameters: int) -> Settings:
     steps = math.ceil(cfg.data_ratio * parameters / (cfg.bs_sft * cfg.sft_length)) or cfg.steps_sft
     return dataclasses.replace(cfg, steps_sft=steps)
 
-def pretraining_rows(cfg: Settings, model, tokenizer, screen: Screen) -> tuple[Settings, list[tuple[Tensor, int]]]:
-    """Packed text as (ids, no prompt), and the settings with the steps that --data_ratio asks for."""
-    cfg = with_data_ratio(cfg, sum(p.numel() for p in model.parameters()))
+def pretraining_rows(cfg: Settings, tokenizer, screen: Screen) -> list[tuple[Tensor, int]]:
+    """Packed text as (ids, no prompt), as much of it as the steps need."""
     seen = cfg.steps_sft * cfg.bs_sft * cfg.sft_length
     needed = seen * 102 // 100 + cfg.sft_length  # 1 % is held out
     rows = pack(texts_of(cfg.data) if cfg.data else world_texts(cfg.seed), tokenizer, cfg.sft_length, needed)
     screen.say(f"{cfg.data or 'generated text'}: {rows.numel():,} tokens in rows of {cfg.sft_length}; "
                f"{cfg.steps_sft:,} updates see {seen:,}, {seen / rows.numel():.1f} epochs")
-    return cfg, [(row, 0) for row in rows]
+    return [(row, 0) for row in rows]
 
 def chat_turns(tokenizer, messages: Any, size: int) -> list[tuple[list[int], int]]:
     """A row for each of the assistant's turns, all before it as the prompt: a reply never sees what came after it.
@@ -2998,6 +3054,8 @@ def chat_turns(tokenizer, messages: Any, size: int) -> list[tuple[list[int], int
 
 def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) -> list[tuple[list[int], int]]:
     """The SFT corpus as (ids, prompt_len): demonstrations, most careless, or a file's traces; bad rows are named."""
+    if cfg.task == "pretrain":
+        return pretraining_rows(cfg, tokenizer, screen)
     if not cfg.sft_data:
         rng, rows = random.Random(f"sft/{cfg.seed}"), []
         for task in tasks:
@@ -3102,26 +3160,37 @@ def run_stage(stage: Stage, stages: list[str], cfg: Settings, screen: Screen) ->
     plot_curves(stage.out)
     processes().wait_for_everyone()
 
+def tasks_of(cfg: Settings) -> list[Task]:
+    """The benchmarks that a run deals with."""
+    if cfg.task == "custom":
+        return [Custom(cfg.reward, cfg.reward_errors == "zero")]
+    if cfg.task == "sft_only" and stages_passed(cfg) == ["pretrain"] and not cfg.sft_data:
+        return [Talk()]  # what the embedded text is about
+    return [task for task in TASKS.values() if cfg.task in (task.name, "sft_only", "table1")]
+
+def stages_passed(cfg: Settings) -> list[str]:
+    """The stages that have trained --model."""
+    return list(read_json(Path(cfg.model, "d1_state.json")).get("stages", []))
+
+def load_data(cfg: Settings, tasks: list[Task], tokenizer, screen: Screen) -> tuple[dict[Task, dict], list]:
+    """What a run works on: {task: {split: problems}} and the traces of stage 1, none if it has no stage 1."""
+    reinforces = cfg.task in RL_TASKS and not cfg.eval_only
+    evaluates = cfg.task != "pretrain" and (cfg.eval_only or not cfg.skip_eval)
+    names = ("train", "heldout", "test") if reinforces else ("test",) * evaluates
+    splits = {task: {name: problems_of(cfg, task, name) for name in names} for task in tasks}
+    taught = reinforces and (cfg.skip_sft or "sft" in stages_passed(cfg))
+    return splits, [] if cfg.eval_only or taught else sft_rows(cfg, tokenizer, tasks, screen)
+
 def run_stages(cfg: Settings, screen: Screen, out: Path, before: bool = True) -> list[dict]:
     """Stage 1 if needed, evaluation, stage 2 on a benchmark, evaluation. Returns the entries of eval.json it made."""
     from accelerate.utils import gather_object
-    tasks = [Custom(cfg.reward, cfg.reward_errors == "zero")] if cfg.task == "custom" else [
-        task for task in TASKS.values() if cfg.task in (task.name, "sft_only", "table1")]
+    tasks = tasks_of(cfg)
     model, tokenizer = open_model(cfg, screen)
-    stages = list(read_json(Path(cfg.model, "d1_state.json")).get("stages", []))
+    cfg = with_data_ratio(cfg, sum(p.numel() for p in model.parameters()))
+    stages = stages_passed(cfg)
     reinforces = cfg.task in RL_TASKS and not cfg.eval_only
     evaluates = cfg.task != "pretrain" and (cfg.eval_only or not cfg.skip_eval)
-    teaches = not cfg.eval_only and not (reinforces and (cfg.skip_sft or "sft" in stages))
-    names = ("train", "heldout", "test") if reinforces else ("test",) * evaluates
-    if "sft" not in stages and "pretrain" in stages and cfg.task == "sft_only" and not cfg.sft_data:
-        tasks = [Talk()]  # what the embedded text is about
-    splits = {task: {name: problems_of(cfg, task, name) for name in names} for task in tasks}
-    if teaches and cfg.edit_rate:
-        add_delete_token(model, tokenizer)
-    if cfg.task == "pretrain":
-        cfg, traces = pretraining_rows(cfg, model, tokenizer, screen)
-    else:
-        traces = sft_rows(cfg, tokenizer, tasks, screen) if teaches else []
+    splits, traces = load_data(cfg, tasks, tokenizer, screen)
     _lock = prepare_folder(cfg, out, screen)  # held as long as this function runs
     def look() -> list[dict]:
         after = [s for s in stages if s != "pretrain"]
@@ -3134,10 +3203,9 @@ def run_stages(cfg: Settings, screen: Screen, out: Path, before: bool = True) ->
             n, keys = len(split["test"]), map(task.key, split["test"])
             seen = sum(split_of(key) == "train" for key in keys if key.startswith(task.name + "/"))
             screen.say(f"{cfg.data}: {n} problems, {seen} of them (sudoku: grids) in the embedded training split")
-    if teaches:
-        stages = [s for s in stages if s == "pretrain"] + ["pretrain" if cfg.task == "pretrain" else "sft"]
-        stages = list(dict.fromkeys(stages))
+    if traces:
         stage = Pretraining if cfg.task == "pretrain" else MaskedSFT
+        stages = [s for s in stages if s == "pretrain" != stage.name] + [stage.name]
         run_stage(stage(model, tokenizer, traces, cfg, out), stages, cfg, screen)
     if not reinforces:
         return look() if evaluates else []
@@ -3166,6 +3234,8 @@ def open_model(cfg: Settings, screen: Screen):
         raise UserError(f"--export llada needs LLaDA's network, a plain Llama; this model is another, {c.model_type}")
     if trains_all and hasattr(model, "peft_config"):
         model = model.merge_and_unload().requires_grad_(True)
+    if cfg.edit_rate and trains_all:
+        add_delete_token(model, tokenizer)
     windows = getattr(c, "sliding_window", None) or "sliding" in str(getattr(c, "layer_types", ""))
     if (cfg.cache, cfg.rollout_cache) != ("none", "none") and (windows or not model.can_generate()):
         raise UserError(f"--cache and --rollout_cache: {c.model_type} keeps no keys and values of all tokens")
@@ -3208,6 +3278,227 @@ def run_table1(cfg: Settings, screen: Screen, out: Path, given: dict) -> list[di
         entries += run_stages(own, screen, folder, before=False)
     write_json(out / "eval.json", entries)
     return sorted(entries, key=lambda e: (list(TASKS).index(e["task"]), list(ROW_TITLES).index(e["row"])))
+
+def smoke(cfg: Settings, screen: Screen) -> None:
+    """--smoke: each part of the run once on a few rows, nothing trained or written. Stopped names what failed."""
+    rows = []
+    @contextlib.contextmanager
+    def check(name):
+        began, seen = time.perf_counter(), []
+        def see(good, text):
+            if not good:
+                raise Stopped(text)
+            seen.append(text)
+        try:
+            with refusing("error", Stopped):
+                yield see
+        except (UserError, Stopped) as e:
+            seen.append("FAILED")
+            raise Stopped(f"--smoke: {name} failed: {e}") from e
+        finally:
+            rows.append((name, ", ".join(seen), f"{time.perf_counter() - began:.1f}"))
+    try:
+        smoke_checks(cfg, screen, check)
+    finally:
+        screen.table("Smoke checks", ["check", "seen", "seconds"], rows)
+    screen.say(f"all {len(rows)} checks passed; nothing was trained or written")
+
+def smoke_checks(cfg: Settings, screen: Screen, check: Callable) -> None:
+    """The checks of `smoke`: within check(name) as see, see(good, text) tells what was seen and fails if not good."""
+    few = dict(n_traces=8, steps_rl=min(cfg.steps_rl, cfg.mu), reward_errors="stop")
+    cfg = dataclasses.replace(cfg, **few, steps_sft=1, bs_sft=2 * processes().num_processes, rows_sft=1, lr_sft=0.0)
+    parts, problems, rows = [cfg], {}, []  # rows: (ids, prompt_len)
+    if cfg.task == "table1":
+        parts = [dataclasses.replace(cfg, task=name, skip_sft=True) for name in TASKS]
+        parts.append(dataclasses.replace(cfg, task="sft_only", skip_eval=True))
+    with check("model") as see:
+        model, tokenizer = open_model(cfg, screen)
+        mask, eos = tokenizer.mask_token_id, tokenizer.eos_token_id
+        see(True, f"{type(model).__name__}, {str(model.dtype).split('.')[1]}")
+    with check("tokenizer") as see:
+        see(None not in (mask, eos) and mask != eos, f"mask {mask}, EOS {eos}")
+        back = tokenizer.decode(ids := tokenizer.encode(SYSTEM, add_special_tokens=False))
+        plain, said = ("".join(text.lower().split()) for text in (SYSTEM, back))  # BERT has no capitals, no newlines
+        see(plain == said, f"{len(ids)} tokens read back {'alike' if plain == said else 'as ' + repr(back)}")
+    with check("data") as see:
+        for part in parts:
+            splits, traces = load_data(part, tasks_of(part), tokenizer, screen)
+            problems, rows = problems | {task: split for task, split in splits.items() if split}, rows + traces
+        sizes = collections.Counter()
+        for split in problems.values():
+            sizes.update({name: len(found) for name, found in split.items()})
+        see(True, ", ".join(f"{name} {n:,}" for name, n in [*sizes.items(), ("SFT rows", len(rows))]))
+        chosen = [(task, e) for task, split in problems.items() for e in split["test"][:2]]
+        asked = [evaluation_prompts(tokenizer, task, [e], cfg)[0][0] for task, e in chosen] or [
+            ids[:n] for ids, n in rows[:2]]
+    if not rows:  # without a stage 1 its loss is tried on this text as a reply
+        reply = tokenizer.encode(SYSTEM, add_special_tokens=False) + turn_end(tokenizer)
+        rows = [(prompt + reply, len(prompt)) for prompt in asked]
+        cfg.sft_length, cfg.sft_extra = max(len(ids) for ids, _ in rows), 0
+    prompt, real = pad_left(asked, tokenizer.pad_token_id, model.device)  # (B, P)
+    with check("forward pass") as see, torch.no_grad(), precision(model.device):
+        check_positions(model, prompt.shape[1] + max(cfg.lengths()) * bool(chosen))
+        x = F.pad(prompt, (0, cfg.block_length), value=mask)  # (B, P+K)
+        logits = model.eval()(x, attention_mask=extend_mask(real, x.shape[1])).logits  # (B, P+K, V)
+        see(logits.shape[:2] == x.shape, f"logits {tuple(logits.shape)}")
+        see(bool(logits.isfinite().all()), f"{int((~logits.isfinite()).sum())} not finite")
+    if not cfg.eval_only:
+        with check("masking") as see:
+            stage = MaskedSFT(model, tokenizer, rows, cfg, Path(cfg.output_dir))
+            x0, keep = stage.collate(rows[:8], cfg.sft_length)  # (B, L)
+            n = int((~keep).sum())
+            for t in (0.1, 0.5, 0.9):
+                xt, masked = forward_process(x0, torch.full((len(x0),), t), keep, mask, stream(cfg.seed, "smoke", t))
+                share, kept = int(masked.sum()) / n, torch.equal(xt[~masked], x0[~masked]) and not masked[keep].any()
+                near = abs(share - t) <= 5 * math.sqrt(t * (1 - t) / n)
+                see(kept and near, f"t {t}: {share:.2f}" + ", and other tokens or the prompt changed" * (not kept))
+        with check("SFT loss, backward") as see:
+            figures = stage.update()  # at learning rate 0
+            good = all(0 <= figures[k] < math.inf for k in ("loss", "grad_norm"))
+            see(good, f"loss {figures['loss']:.3f}, gradient {figures['grad_norm']:.3f}")
+            stage.finish(screen)
+    with check("decoding") as see, precision(model.device):
+        eval_mode(model)
+        size = cfg.block_length
+        out = diffuse_decode(model, prompt, attention_mask=real, gen_length=size, block_length=size, mask_id=mask,
+                             steps=min(4, size), cache=cfg.cache)[:, prompt.shape[1] :]  # (B, K)
+        see(not (out == mask).any(), f"{out.numel()} tokens, {int((out == mask).sum())} of them masks")
+    if cfg.task != "sft_only":
+        with check("reward") as see:
+            texts = reply_texts(tokenizer, out)
+            for task in problems:
+                mine = [(text, e) for text, (of, e) in zip(texts, chosen, strict=True) if of is task]
+                paid = [v for d in task.pay(*zip(*mine, strict=True), cfg.preset == "official") for v in d.values()]
+                see(paid and all(map(math.isfinite, paid)), f"{task.name} {sum(paid) / len(mine):.2f}")
+
+def read_space(path: str) -> dict[str, Any]:
+    """--sweep_space as {setting: its optuna distribution}; every value is read as if it stood on the command line."""
+    import yaml
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    space = {}
+    with refusing(f"--sweep_space {path}"):
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not content:
+            raise ValueError("write a setting a line, 'lr_rl: {low: 1e-5, high: 1e-3, log: true}' or 'mu: [4, 8]'")
+        for name, wanted in content.items():
+            kind, ranges = Settings.__annotations__.get(name), isinstance(wanted, dict)
+            if name in (*FREE, "task", "eval_only", "export"):
+                raise UserError(f"--sweep_space {path}: --{name} cannot be swept")
+            values = [wanted.get("low"), wanted.get("high")] if ranges else wanted
+            if ranges and (not {"low", "high"} <= set(wanted) <= {"low", "high", "log"} or
+                           type(wanted.get("log", False)) is not bool or kind not in ("int", "float", None)):
+                raise ValueError(f"{name}: a range is {{low: , high: , log: true or false}} of a number")
+            if not isinstance(values, list) or not values or any(isinstance(v, dict | list | None) for v in values):
+                raise ValueError(f"{name}: give a list of choices, or {{low: , high: }}")
+            values = [parse_words(words_of({name: v}))[name] for v in values]
+            for value in values:
+                check_bounds(name, value)
+            number = IntDistribution if kind == "int" else FloatDistribution
+            space[name] = number(*values, log=wanted.get("log", False)) if ranges else CategoricalDistribution(values)
+    return space
+
+def open_study(cfg: Settings, space: dict[str, Any], folder: Path):
+    """The study in folder/sweep.db, new or of the same flags and space; it is silent."""
+    import filelock
+    import optuna
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    told = {name: optuna.distributions.distribution_to_json(d) for name, d in space.items()}
+    with refusing(f"cannot use {folder / 'sweep.db'}"), filelock.FileLock(folder / ".sweep.lock"):
+        storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'sweep.db'}",
+                                             engine_kwargs={"connect_args": {"timeout": 60}})
+        study = optuna.create_study(storage=storage, study_name="d1_full", direction="maximize", load_if_exists=True)
+        then = study.user_attrs or dict(settings=dataclasses.asdict(cfg), space=told)
+        changed = changed_settings(then["settings"], cfg) + ["another --sweep_space"] * (then["space"] != told)
+        if changed:
+            raise ValueError(f"that sweep had {', '.join(changed)}: give its flags, or another --output_dir")
+        for name, value in then.items():
+            study.set_user_attr(name, value)
+    return study
+
+def next_trial(study, cfg: Settings, space: dict[str, Any], folder: Path):
+    """(trial, its lock, held), or None when enough are done or under way; one whose process died does not count."""
+    import filelock
+    import optuna
+    count, states = 0, optuna.trial.TrialState
+    with filelock.FileLock(folder / ".sweep.lock"):  # so that processes see each other's trials, and propose others
+        trials = study.get_trials(deepcopy=False)
+        for trial in trials:
+            lock = filelock.FileLock(folder / f".trial{trial.number}.lock", timeout=0)
+            try:
+                if trial.state == states.RUNNING:
+                    with lock:  # the system has freed it: nobody works on this trial any more
+                        study.tell(trial.number, state=states.FAIL)
+            except filelock.Timeout:
+                count += 1
+            count += trial.state in (states.COMPLETE, states.PRUNED)
+        if count >= cfg.sweep:
+            return None
+        seed = stream(cfg.seed, "sweep", len(trials)).initial_seed() % 2**32
+        study.sampler = optuna.samplers.TPESampler(seed=seed)
+        trial = study.ask(space)
+        return trial, filelock.FileLock(folder / f".trial{trial.number}.lock", timeout=0).acquire()
+
+def trial_value(cfg: Settings, entries: list[dict], out: Path) -> float:
+    """What a sweep compares: mean accuracy (custom: reward) of the last row, or minus the last held-out loss."""
+    if cfg.task in RL_TASKS:
+        key = Custom.score if cfg.task == "custom" else "accuracy"
+        values = [e[key] for e in entries if e["row"] == entries[-1]["row"]]
+    else:
+        values = [-r["heldout_loss"] for r in read_log(out / "metrics.jsonl") if "heldout_loss" in r][-1:]
+    value = sum(values) / len(values) if values else math.nan
+    if not math.isfinite(value):
+        raise NonFiniteLoss("no finite figure to compare was made")
+    return value
+
+def run_trial(screen: Screen, given: dict, params: dict[str, Any], out: Path) -> float | None:
+    """One trial's value; None if it failed, which does not end the sweep."""
+    screen.say(f"--- {out}: {' '.join(words_of(params))}")
+    try:
+        own = settle(given | {k: (v, "sweep") for k, v in params.items()})[0]
+        value = trial_value(own, run_stages(own, screen, out), out)
+    except (UserError, NonFiniteLoss) as e:
+        return screen.say(f"--- {out} failed: {e}")
+    except (KeyboardInterrupt, Stopped) as e:
+        why = str(e).partition(";")[0] or "Ctrl-C"  # the rest is of --resume
+        text = f"trial {out.name} is given up: {why}; finished ones are kept, and the same command goes on"
+        raise Stopped(text, getattr(e, "status", 130)) from e
+    finally:
+        screen.stop()
+    screen.say(f"--- {out}: {value:.4f}")
+    return value
+
+def run_sweep(cfg: Settings, screen: Screen, given: dict, space: dict[str, Any]) -> None:
+    """--sweep trials, each a run of its own by `run_stages`, then the best. Processes of one folder share the study."""
+    import optuna
+    from accelerate.utils import broadcast_object_list
+    folder, main = Path(cfg.output_dir) / f"{cfg.task}-sweep", processes().is_main_process
+    folder.mkdir(parents=True, exist_ok=True)
+    study = open_study(cfg, space, folder) if main else None
+    while True:
+        trial, lock = (main and next_trial(study, cfg, space, folder)) or (None, contextlib.nullcontext())
+        number, params = broadcast_object_list([(trial.number, trial.params) if trial else (None, None)])[0]
+        if number is None:
+            break
+        with lock:
+            value = run_trial(screen, given, params, folder / str(number))
+            if main:  # a failed one counts, and "pruned" keeps the sampler away from there
+                study.tell(trial, value, state=None if value is not None else optuna.trial.TrialState.PRUNED)
+        gc.collect()
+    if main:
+        sweep_table(study, space, screen)
+        screen.say(f"trials and their runs are in {folder}")
+
+def sweep_table(study, space: dict[str, Any], screen: Screen) -> None:
+    """The ten best trials, and the flags of the best. Stopped if none went well."""
+    trials = study.get_trials(deepcopy=False)
+    done = sorted((t for t in trials if t.state.name == "COMPLETE"), key=lambda t: -t.value)
+    failed, under_way = (sum(t.state.name == name for t in trials) for name in ("PRUNED", "RUNNING"))
+    rows = [(t.number, f"{t.value:.4f}", *(t.params[k] for k in space)) for t in done[:10]]
+    screen.table(f"Best of {len(done)} trials, {failed} failed, {under_way} under way elsewhere",
+                 ["trial", "value", *space], rows)
+    if not done:
+        raise Stopped("no trial of the sweep went well; their messages are above")
+    screen.say(f"best: {shlex.join(words_of(done[0].params))}")
 
 def skeleton(cfg: Settings):
     """The model without memory for its weights, for counting."""
@@ -3280,6 +3571,7 @@ def run(argv: Sequence[str] | None) -> None:
     screen = Screen()
     if cfg.dry_run:
         return dry_run(cfg, origin, screen)
+    space = read_space(cfg.sweep_space) if cfg.sweep else {}
     torch.set_num_threads(cfg.threads or min(torch.get_num_threads(), 8))
     if not cfg.task:
         model, tokenizer = open_model(cfg, screen)
@@ -3287,8 +3579,14 @@ def run(argv: Sequence[str] | None) -> None:
         return screen.say(f"{cfg.model} is now in {cfg.output_dir}, in the form {cfg.export}")
     if cfg.task == "chat":
         return chat(cfg, screen)
+    if cfg.smoke:
+        return smoke(cfg, screen)
+    if cfg.sweep:
+        return run_sweep(cfg, screen, given, space)
     began, out = time.monotonic(), Path(cfg.output_dir) / {"sft_only": "sft"}.get(cfg.task, cfg.task)
-    if cfg.resume and not (out.exists() if cfg.task == "table1" else (out / "trainer" / "manifest.json").exists()):
+    saved = (out if cfg.task == "table1" else out / "trainer" / "manifest.json").exists()
+    cfg.resume = cfg.resume or (cfg.auto_resume and saved)
+    if cfg.resume and not saved:
         raise UserError(f"nothing to resume in {out}: run without --resume")
     try:
         entries = run_table1(cfg, screen, out, given) if cfg.task == "table1" else run_stages(cfg, screen, out)

@@ -45,15 +45,15 @@ def long_text(checkpoint):
     model.eval()
     prompt = torch.tensor([tokenizer.encode("The dog barks.", add_special_tokens=False)])
     for context in (256, None):
-        for length in (256, 512, 1024, 2048):
-            def run(length=length, context=context):
-                return d1.diffuse_decode(model, prompt, mask_id=tokenizer.mask_token_id, gen_length=length,
-                                         block_length=32, steps=length // 8, context=context)
+        for n in (256, 512, 1024, 2048):
+            def run(n=n, context=context):
+                return d1.diffuse_decode(model, prompt, mask_id=tokenizer.mask_token_id, gen_length=n,
+                                         block_length=32, steps=n // 8, context=context)
             began = time.perf_counter()
             out, mib = bench.peak(run, torch.device("cpu"))
             seconds = time.perf_counter() - began
-            print(f"context {context or 'all':>4}  {length:5} tokens  {seconds:6.2f} s  {1e3 * seconds / length:5.1f} ms "
-                  f"a token  {mib:6.1f} MiB  ends {tokenizer.decode(out[0, -20:])!r}")
+            print(f"context {context or 'all':>4}  {n:5} tokens  {seconds:6.2f} s  {1e3 * seconds / n:5.1f} ms a token  "
+                  f"{mib:6.1f} MiB  ends {tokenizer.decode(out[0, -20:])!r}")
 
 
 def main():

@@ -1,0 +1,425 @@
+"""Trackers, --auto_resume, --smoke and --sweep."""
+
+import importlib.util
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import SMALL, run
+
+import d1_full as d1
+
+ROOT = Path(d1.__file__).parent
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def stop_once(monkeypatch, step, how):
+    """Stage 2 is stopped as it begins this step, the first time it gets there."""
+    update, came = d1.DiffuGRPO.update, []
+
+    def stopping(stage):
+        if stage.step + 1 == step and not came:
+            came.append(step)
+            how()
+        return update(stage)
+
+    monkeypatch.setattr(d1.DiffuGRPO, "update", stopping)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def without(monkeypatch, package):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
+
+
+# trackers
+
+def test_tensorboard_has_what_metrics_has_after_a_break_too(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from accelerate.tracking import TensorBoardTracker
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    ended, finish = [], TensorBoardTracker.finish
+    monkeypatch.setattr(TensorBoardTracker, "finish", lambda t: (ended.append(t), finish(t)))
+    stop_once(monkeypatch, 4, interrupt)  # step 3 is logged, and made again from the checkpoint of step 2
+    flags = "--task", "sudoku", "--skip_eval", "--report_to", "tensorboard"
+    assert run(*flags, out=tmp_path) == 130 and len(ended) == 2
+    assert run(*flags, "--resume", out=tmp_path) == 0 and len(ended) == 4
+    rows = logged(tmp_path / "sudoku")
+    for stage, keys in (("sft", ("loss", "heldout_loss", "lr")), ("diffu_grpo", ("loss", "kl", "heldout_accuracy"))):
+        events = EventAccumulator(str(tmp_path / "sudoku" / "logs" / stage / "d1_full")).Reload()
+        assert all(tag.startswith(f"{stage}/") for tag in events.Tags()["scalars"])
+        for key in keys:
+            wanted = [(r["step"], r[key]) for r in rows if r["stage"] == stage and key in r]
+            got = [(e.step, e.value) for e in events.Scalars(f"{stage}/{key}")]
+            assert [s for s, _ in got] == [s for s, _ in wanted] == sorted({s for s, _ in wanted})
+            assert [v for _, v in got] == pytest.approx([v for _, v in wanted], rel=1e-6)
+
+
+def test_without_a_tracker_nothing_is_left(tmp_path):
+    assert run("--task", "sudoku", "--skip_eval", "--steps_rl", 1, "--steps_sft", 1, out=tmp_path) == 0
+    assert not (tmp_path / "sudoku" / "logs").exists()
+
+
+@pytest.mark.parametrize("name", d1.TRACKERS)
+def test_a_tracker_that_is_not_installed_is_one_line(name, tmp_path, monkeypatch, capsys):
+    without(monkeypatch, name)
+    assert run("--task", "sudoku", "--report_to", name, out=tmp_path) == 2
+    error = capsys.readouterr().err
+    assert f"--report_to {name} needs the package {name}: pip install {name}" in error and error.count("\n") == 1
+
+
+def test_a_folder_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "leftovers").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("leftovers") and not d1.has_package("leftovers") and d1.has_package("torch")
+
+
+# --auto_resume
+
+def test_auto_resume_starts_then_resumes_and_gives_the_unbroken_run(tmp_path, monkeypatch, capsys):
+    flags = "--task", "sudoku", "--skip_eval"
+    assert run(*flags, out=tmp_path / "whole") == 0
+    stop_once(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run(*flags, "--auto_resume", out=tmp_path / "parts") == 143
+    assert "resumed" not in capsys.readouterr().out
+    assert run(*flags, "--auto_resume", out=tmp_path / "parts") == 0
+    assert "diffu_grpo: resumed after step 3" in capsys.readouterr().out
+    whole, parts = ((tmp_path / name / "sudoku" / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts and not list((tmp_path / "parts").glob("*.old*"))
+    assert run(*flags, "--resume", out=tmp_path / "parts") == 0  # the flag is no change of the run
+    assert run(*flags, "--resume", out=tmp_path / "none") == 2  # and --resume stays strict
+    assert run(*flags, "--auto_resume", "--seed", 5, out=tmp_path / "parts") == 2  # another run is not continued
+    assert "--seed 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_auto_resume_of_table1(there, tmp_path, monkeypatch):
+    came = []
+
+    def trained(cfg, screen, out, before):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").touch()  # so that it can be named as --model
+        came.append((out, cfg.resume))
+        return []
+
+    monkeypatch.setattr(d1, "run_stages", trained)
+    if there:
+        (tmp_path / "table1" / "count_d1" / "trainer").mkdir(parents=True)
+    assert run("--task", "table1", "--auto_resume", out=tmp_path) == 0
+    assert [out.name for out, resumed in came if resumed] == ["count_d1"] * there and len(came) == 10
+
+
+# --smoke
+
+CHECKS = "model", "tokenizer", "data", "forward pass", "masking", "SFT loss, backward", "decoding", "reward"
+
+
+@pytest.mark.parametrize("flags,left_out", [
+    ("--task sudoku", ()), ("--task sft_only", ("reward",)), ("--task table1", ()), ("--task math500 --skip_sft", ()),
+    ("--task count --eval_only", ("masking", "SFT loss, backward"))])
+def test_smoke_shows_every_check_and_leaves_nothing(flags, left_out, tmp_path, capsys, monkeypatch):
+    loaded, load = [], d1.load_model
+    monkeypatch.setattr(d1, "load_model", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[0])
+    assert run(*flags.split(), "--smoke", out=tmp_path / "o") == 0
+    shown = capsys.readouterr().out
+    for name in CHECKS:
+        assert (f"│ {name} " in shown) == (name not in left_out)
+    assert f"all {len(CHECKS) - len(left_out)} checks passed" in shown and not list(tmp_path.iterdir())
+    fresh = load("tiny", device="cpu", seed=0)[0].state_dict()
+    assert all(torch.equal(w, fresh[k]) for k, w in loaded[0][0].state_dict().items())  # nothing was trained
+    assert ("train 2, heldout 128, test 4, SFT rows 8 " in shown) == ("sudoku" in flags)
+
+
+def broken_weights(d1, monkeypatch):
+    load = d1.load_model
+
+    def broken(*a, **k):
+        model, tokenizer = load(*a, **k)
+        model.lm_head.weight.data.fill_(math.nan)
+        return model, tokenizer
+
+    monkeypatch.setattr(d1, "load_model", broken)
+
+
+def broken_gradient(d1, monkeypatch):
+    found = d1.weighted_nelbo
+    monkeypatch.setattr(d1, "weighted_nelbo", lambda *a: (found(*a)[0] * math.inf, found(*a)[1]))
+
+
+def broken_masking(d1, monkeypatch):
+    forward = d1.forward_process
+    monkeypatch.setattr(d1, "forward_process", lambda x0, t, keep, *a: forward(x0, t, keep & False, *a))
+
+
+def broken_prompt(d1, monkeypatch):
+    forward = d1.forward_process
+
+    def first_too(*a):
+        xt, masked = forward(*a)
+        masked[0, 0], xt[0, 0] = True, d1.build_tokenizer().mask_token_id
+        return xt, masked
+
+    monkeypatch.setattr(d1, "forward_process", first_too)
+
+
+def broken_rate(d1, monkeypatch):
+    forward = d1.forward_process
+    monkeypatch.setattr(d1, "forward_process", lambda x0, t, keep, *a: forward(x0, t / 2, keep, *a))
+
+
+def broken_decoder(d1, monkeypatch):
+    decode = d1.diffuse_decode
+    monkeypatch.setattr(d1, "diffuse_decode", lambda *a, mask_id, **k: decode(*a, mask_id=mask_id, **k).fill_(mask_id))
+
+
+def broken_reward(d1, monkeypatch):
+    monkeypatch.setattr(d1.Sudoku, "rewards", lambda *a: {"sudoku": math.nan})
+
+
+@pytest.mark.parametrize("break_it,name", [
+    (broken_weights, "forward pass"), (broken_gradient, "SFT loss, backward"), (broken_masking, "masking"),
+    (broken_prompt, "masking"), (broken_rate, "masking"), (broken_decoder, "decoding"), (broken_reward, "reward")])
+def test_smoke_names_what_is_broken(break_it, name, tmp_path, capsys, monkeypatch):
+    break_it(d1, monkeypatch)
+    assert run("--task", "sudoku", "--smoke", out=tmp_path / "o") == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"d1_full.py: stopped: --smoke: {name} failed: ") and shown.err.count("\n") == 1
+    assert "FAILED" in shown.out and "passed" not in shown.out and not list(tmp_path.iterdir())
+
+
+def test_smoke_reads_the_data_of_the_run(tmp_path, capsys):
+    (tmp_path / "p.csv").write_text("Puzzle,Solution\n" + "0102200002100320,3142243142131324\n" * 5)
+    (tmp_path / "bad.csv").write_text("Puzzle,Solution\n12,3\n")
+    flags = "--task", "sudoku", "--smoke", "--eval_only", "--data"
+    assert run(*flags, tmp_path / "p.csv", "--limit", 0, out=tmp_path / "o") == 0
+    assert "test 5, SFT rows 0" in capsys.readouterr().out
+    assert run(*flags, tmp_path / "bad.csv", out=tmp_path / "o") == 1
+    error = capsys.readouterr().err
+    assert "--smoke: data failed" in error and "row 1" in error and error.count("\n") == 1
+
+
+def test_smoke_shows_a_broken_reward_function_although_the_run_would_pay_zero(tmp_path, capsys):
+    (tmp_path / "r.py").write_text("def f(prompts, completions, **columns):\n    return 1 / 0\n")
+    (tmp_path / "d.jsonl").write_text("".join(f'{{"prompt": "count to {i}"}}\n' for i in range(60)))
+    flags = ("--task", "custom", "--reward", f"{tmp_path / 'r.py'}:f", "--reward_errors", "zero", "--skip_sft",
+             "--data", tmp_path / "d.jsonl")
+    assert run(*flags, "--smoke", out=tmp_path / "o") == 1
+    error = capsys.readouterr().err
+    assert "--smoke: reward failed" in error and "ZeroDivisionError" in error and error.count("\n") == 1
+
+
+# --sweep
+
+SPACE = "lr_rl: {low: 1e-5, high: 1e-2, log: true}\nmu: [1, 2]\nsave_steps: {low: 2, high: 9}\n"
+
+
+def sweep(tmp_path, n, *flags, space=SPACE, task="sudoku"):
+    (tmp_path / "space.yaml").write_text(space)
+    return run("--task", task, "--sweep", n, "--sweep_space", tmp_path / "space.yaml", *flags, out=tmp_path / "o")
+
+
+def study_of(tmp_path, task="sudoku"):
+    import optuna
+    return optuna.load_study(study_name="d1_full", storage=f"sqlite:///{tmp_path / 'o' / f'{task}-sweep' / 'sweep.db'}")
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The settings of the trials, which run at once and are the better the nearer lr_rl is to 1e-3."""
+    pytest.importorskip("optuna")
+    came = []
+
+    def at_once(cfg, screen, out):
+        came.append(cfg)
+        good = 1 - abs(math.log10(cfg.lr_rl) + 3)
+        return [dict(row="sft", accuracy=5.0), *(dict(row="d1", accuracy=good + more) for more in (-0.1, 0.1))]
+
+    monkeypatch.setattr(d1, "run_stages", at_once)
+    return came
+
+
+def test_sweep_makes_as_many_trials_as_are_missing_and_shows_the_best(ran, tmp_path, capsys):
+    assert sweep(tmp_path, 2) == 0 and len(ran) == 2
+    assert sweep(tmp_path, 2) == 0 and len(ran) == 2
+    capsys.readouterr()
+    assert sweep(tmp_path, 3) == 0 and len(ran) == 3
+    trials = study_of(tmp_path).trials
+    assert study_of(tmp_path).direction.name == "MAXIMIZE"
+    for trial, cfg in zip(trials, ran, strict=True):
+        assert trial.params == {"lr_rl": cfg.lr_rl, "mu": cfg.mu, "save_steps": cfg.save_steps}
+        assert trial.value == pytest.approx(1 - abs(math.log10(cfg.lr_rl) + 3))  # of the last row alone
+        assert 1e-5 <= cfg.lr_rl <= 1e-2 and cfg.mu in (1, 2) and 2 <= cfg.save_steps <= 9
+        assert cfg.steps_sft == SMALL["steps_sft"]  # the other flags hold
+    assert len({cfg.lr_rl for cfg in ran}) == 3
+    best, shown = max(trials, key=lambda t: t.value), capsys.readouterr().out
+    assert f"best: --lr_rl={best.params['lr_rl']} --mu={best.params['mu']}" in shown
+    assert "Best of 3 trials" in shown and "[I " not in shown
+
+
+def test_a_broken_off_sweep_proposes_what_an_unbroken_one_does(ran, tmp_path):
+    for name, calls in (("whole", [3]), ("parts", [1, 3])):
+        (tmp_path / name).mkdir()
+        for n in calls:
+            assert sweep(tmp_path / name, n) == 0
+    assert [cfg.lr_rl for cfg in ran[:3]] == [cfg.lr_rl for cfg in ran[3:]]
+
+
+def test_a_failed_trial_counts_and_the_sweep_goes_on(ran, tmp_path, capsys, monkeypatch):
+    at_once = d1.run_stages
+
+    def first_fails(cfg, screen, out):
+        if not ran:
+            ran.append(cfg)
+            raise d1.NonFiniteLoss("NaN in step 3")
+        return at_once(cfg, screen, out)
+
+    monkeypatch.setattr(d1, "run_stages", first_fails)
+    assert sweep(tmp_path, 3) == 0 and len(ran) == 3
+    shown = capsys.readouterr().out
+    assert "failed: NaN in step 3" in shown and "Best of 2 trials, 1 failed" in shown
+    assert [t.state.name for t in study_of(tmp_path).trials] == ["PRUNED", "COMPLETE", "COMPLETE"]
+
+
+def test_settings_that_do_not_go_together_fail_their_trial_alone(ran, tmp_path, capsys):
+    assert sweep(tmp_path, 8, space="group: [2, 3]\n") == 0  # --bs_rl is 4
+    assert ran and {cfg.group for cfg in ran} == {2} and "must be a multiple of --group 3" in capsys.readouterr().out
+    assert sweep(tmp_path, 1, "--output_dir", tmp_path / "p", space="group: [3]\n") == 1
+    assert "no trial of the sweep went well" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how,status", [
+    (KeyboardInterrupt(), 130), (d1.Stopped("SIGTERM after sft step 3, which is saved; --resume", 143), 143)])
+def test_ctrl_c_ends_the_sweep_and_the_trial_does_not_count(how, status, ran, tmp_path, capsys, monkeypatch):
+    at_once = d1.run_stages
+
+    def second_stops(cfg, screen, out):
+        if len(ran) == 1:
+            ran.append(cfg)
+            raise how
+        return at_once(cfg, screen, out)
+
+    monkeypatch.setattr(d1, "run_stages", second_stops)
+    assert sweep(tmp_path, 3) == status
+    error = capsys.readouterr().err
+    assert "trial 1 is given up" in error and "--resume" not in error and error.count("\n") == 1
+    assert sweep(tmp_path, 3) == 0
+    assert [t.state.name for t in study_of(tmp_path).trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+
+
+TRIAL_IN_A_PROCESS = """import os, sys, time
+from pathlib import Path
+import d1_full as d1
+def meet(cfg, screen, out):
+    folder = out.parent / "pids"
+    folder.mkdir(exist_ok=True)
+    (folder / str(os.getpid())).touch()
+    for _ in range(600):
+        time.sleep(0.1)
+        if len(list(folder.iterdir())) >= int(os.environ["MEET"]):
+            break
+    return [dict(row="d1", accuracy=cfg.lr_rl)]
+d1.run_stages = meet
+sys.exit(d1.main(sys.argv[1:]))"""
+
+
+def start(tmp_path, n, meet):
+    (tmp_path / "space.yaml").write_text(SPACE)
+    flags = ["--task", "sudoku", "--sweep", str(n), "--sweep_space", str(tmp_path / "space.yaml")]
+    small = [word for k, v in SMALL.items() for word in (f"--{k}", str(v))]
+    command = [sys.executable, "-c", TRIAL_IN_A_PROCESS, *small, *flags, "--output_dir", str(tmp_path / "o")]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "MEET": str(meet)}, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
+
+
+def test_two_processes_share_a_sweep_and_a_killed_one_does_not_count(tmp_path, ran):
+    pytest.importorskip("optuna")
+    both = [start(tmp_path, 5, meet=2) for _ in range(2)]
+    said = [p.communicate(timeout=120)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    trials = study_of(tmp_path).trials
+    assert [t.state.name for t in trials] == ["COMPLETE"] * 5  # not one more
+    assert len({t.params["lr_rl"] for t in trials}) == 5
+    waits = start(tmp_path, 6, meet=9)
+    while not any(t.state.name == "RUNNING" for t in study_of(tmp_path).trials):
+        assert waits.poll() is None
+    assert sweep(tmp_path, 6) == 0 and not ran  # the sixth is under way
+    waits.kill()
+    waits.communicate()
+    assert sweep(tmp_path, 6) == 0 and len(ran) == 1
+    assert [t.state.name for t in study_of(tmp_path).trials] == ["COMPLETE"] * 5 + ["FAIL", "COMPLETE"]
+
+
+def test_sweep_of_sft_by_its_heldout_loss(tmp_path, capsys):
+    pytest.importorskip("optuna")
+    space = "lr_sft: [1e-6, 0.003]\n"
+    assert sweep(tmp_path, 2, "--skip_eval", "--steps_sft", 20, "--seed", 1, space=space, task="sft_only") == 0
+    folder = tmp_path / "o" / "sft_only-sweep"
+    for trial in study_of(tmp_path, "sft_only").trials:
+        last = [r["heldout_loss"] for r in logged(folder / str(trial.number)) if "heldout_loss" in r][-1]
+        assert trial.value == -last
+        state = json.loads((folder / str(trial.number) / "d1_state.json").read_text())
+        assert state["settings"]["lr_sft"] == trial.params["lr_sft"]
+    assert "best: --lr_sft=" in capsys.readouterr().out
+
+
+def test_another_sweep_in_the_same_folder_is_refused(ran, tmp_path, capsys):
+    assert sweep(tmp_path, 1) == 0
+    for flags, space, word in ((("--beta", 1), SPACE, "--beta 0.04"), ((), "mu: [1, 4]\n", "another --sweep_space")):
+        assert sweep(tmp_path, 2, *flags, space=space) == 2
+        error = capsys.readouterr().err
+        assert word in error and error.count("\n") == 1 and len(ran) == 1
+
+
+@pytest.mark.parametrize("text,word", [
+    ("lrr_rl: [1]", "did you mean --lr_rl"), ("mu: [1, two]", "two"), ("mu: {low: 1.5, high: 3}", "1.5"),
+    ("mu: {low: 1}", "range"), ("mu: {low: 4, high: 1}", "low"), ("mu: {low: 1, high: 4, log: 2}", "range"),
+    ("mu: {low: 1, high: 4, lag: true}", "range"), ("lr_rl: {low: 0, high: 1, log: true}", "log"), ("mu: 3", "list"),
+    ("mu: []", "list"), ("mu: [[1]]", "list"), ("mu: [null]", "list"), ("mu: [0]", "at least 1"), ("- mu", "a line"),
+    ("a: [", "space.yaml"), ("", "a line"), ("norm: {low: 1, high: 2}", "range"), ("norm: [batch]", "sequence"),
+    ("output_dir: [a, b]", "cannot be swept"), ("task: [count]", "cannot be swept"), ("mu: [true]", "--mu"),
+    ("lr_rl: [.inf]", "finite"), ("use_lora: [maybe]", "--use_lora"), ("\x00", "space.yaml"),
+])
+def test_a_bad_sweep_space_is_one_line(text, word, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(d1, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    assert sweep(tmp_path, 2, space=text) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("d1_full.py: error: ") and error.count("\n") == 1 and word in error, error
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("flags,word", [
+    ("--task sudoku --sweep 2", "--sweep_space"), ("--task sudoku --sweep_space x.yaml", "--sweep N"),
+    ("--task sudoku --sweep 2 --sweep_space none.yaml", "none.yaml"),
+    ("--task table1 --sweep 2 --sweep_space x.yaml", "table1"),
+    ("--task sudoku --resume --sweep 2 --sweep_space x.yaml", "--resume"),
+    ("--task sudoku --skip_eval --sweep 2 --sweep_space x.yaml", "--skip_eval"),
+    ("--task sudoku --sweep -1 --sweep_space x.yaml", "--sweep must"), ("--smoke --export hf --model x", "--task"),
+])
+def test_flags_that_do_not_go_together(flags, word, tmp_path, capsys, monkeypatch):
+    if "--sweep " in flags:
+        pytest.importorskip("optuna")
+    monkeypatch.chdir(tmp_path)
+    assert d1.main(flags.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("d1_full.py: error: ") and error.count("\n") == 1 and word in error, error
+
+
+def test_sweep_without_optuna_is_one_line(tmp_path, monkeypatch, capsys):
+    without(monkeypatch, "optuna")
+    assert sweep(tmp_path, 2) == 2
+    error = capsys.readouterr().err
+    assert "--sweep needs the package optuna: pip install optuna" in error and error.count("\n") == 1
