@@ -52,7 +52,7 @@ def long_text(checkpoint):
             began = time.perf_counter()
             out, mib = bench.peak(run, torch.device("cpu"))
             seconds = time.perf_counter() - began
-            print(f"context {context or 'all':>4}  {n:5} tokens  {seconds:6.2f} s  {1e3 * seconds / n:5.1f} ms a token  "
+            print(f"sees {context or 'all':>4}  {n:5} tokens  {seconds:6.2f} s  {1e3 * seconds / n:5.1f} ms a token  "
                   f"{mib:6.1f} MiB  ends {tokenizer.decode(out[0, -20:])!r}")
 
 
