@@ -195,7 +195,7 @@ class Settings:
     t_low: float = opt(1e-3, "noise levels t of SFT are drawn from here ...", "official", low=1e-6, high=1.0)
     t_high: float = opt(1.0, "... to here; BERT reasoners take 0.5 to 1.0", "Eq. (1)", low=1e-6, high=1.0)
     data_ratio: float = opt({"pretrain": 20.0, "*": 0.0}, "stop after so many tokens a parameter; 0 = --steps_sft",
-                            "Chinchilla", tiny={"pretrain": 4.0, "*": 0.0}, low=0.0)
+                            "Chinchilla", tiny={"pretrain": 2.0, "*": 0.0}, low=0.0)
     edit_rate: float = opt(0.0, "SFT and pretrain: share of visible tokens that is spoilt, to learn edits; decoding "
                            "with --allow_edits: share revised in a step", "Seed Diffusion", low=0.0, high=1.0)
     edit_start: float = opt(0.8, "spoiling sets in after this share of the steps and grows to --edit_rate",
@@ -498,7 +498,7 @@ class Frame:
     block: int
     step: int
     logp: Tensor  # (B, P+C) log-probability of the new tokens when they were committed, else 0
-    edited: Tensor  # (B, P+C) bool, True = replaced by this step, or moved up to where it deleted a token
+    edited: Tensor  # (B, P+C) bool, True = replaced by this step; what it deleted is gone
 
 def check_decoding(gen_length: int, block_length: int, steps: int | None, remasking: str, cache: str,
                    cfg_scale: float, context: int | None) -> None:
@@ -685,9 +685,9 @@ def diffuse_steps(model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor
                 delete_id=delete_id, generators=[generators[i] for i in rows.tolist()])
             ids = torch.cat([x[rows, :first], ids, x[rows, end:]], dim=1)
             marks = [F.pad(v, (first, total - end)) for v in marks]  # new, logp, edited
+            again[rows] = marks[2].any(1)
             if delete_id is not None and edit_rate:
                 ids, *marks = delete_tokens(ids, marks[2] & (ids == delete_id), mask_id, *marks)
-            again[rows] = marks[2].any(1)
             x = x.index_copy(0, rows, ids)
             new, logp, edited = (v.new_zeros(x.shape).index_copy(0, rows, v) for v in marks)
             yield Frame(x, new, b, step, logp, edited)

@@ -110,6 +110,15 @@ def test_a_surplus_token_is_deleted_and_what_follows_moves_up():
     assert first.ids[0].tolist() == [*TARGET[:9].tolist(), MASK]  # the canvas keeps its length
 
 
+def test_a_block_is_looked_at_again_after_a_token_was_only_deleted():
+    def says(ids):  # two surplus 8s, of which only one is noticed at a time
+        out = ids.where(ids != MASK, torch.tensor(3))
+        out[0, (ids[0] == 8).nonzero()[:1]] = DEL
+        return out
+    frames = decode(Scripted(says), [[1]], draft=torch.tensor([[8, 3, 8, 3, 3, 3, 3, 3]]), block_length=8, edit_rate=0.1)
+    assert frames[-1].ids[0].tolist() == [1] + [3] * 8
+
+
 def test_rows_are_edited_alone_or_in_company_alike():
     model = ToyModel(10, 8, seed=2)
     prompts = torch.tensor([[3, 4], [5, 6], [2, 2]])
