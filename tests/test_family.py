@@ -115,7 +115,7 @@ def test_a_block_is_looked_at_again_after_a_token_was_only_deleted():
         out = ids.where(ids != MASK, torch.tensor(3))
         out[0, (ids[0] == 8).nonzero()[:1]] = DEL
         return out
-    frames = decode(Scripted(says), [[1]], draft=torch.tensor([[8, 3, 8, 3, 3, 3, 3, 3]]), block_length=8, edit_rate=0.1)
+    frames = decode(Scripted(says), [[1]], draft=torch.tensor([[8, 3, 8, 3, 3, 3, 3, 3]]), edit_rate=0.1)
     assert frames[-1].ids[0].tolist() == [1] + [3] * 8
 
 
