@@ -1275,12 +1275,8 @@ class Task:
         return f"<reasoning>\n{work}\n</reasoning>\n<answer>\n{self.says.format(answer)}\n</answer>"
 
     def solve(self, example: dict, rng: random.Random, careful: bool) -> tuple[str, str]:
-        """(work, answer) of a demonstration; a careless solver has every result of the work a little off."""
-        work = example["work"]
-        if careful:
-            return f"Exactly: {work}", example["answer"]
-        slips = re.sub(r"(?<==)\d+", lambda m: str(max(int(m[0]) + rng.choice((-3, -2, -1, 1, 2, 3)), 0)), work)
-        return f"Roughly: {slips}", slips.split("=")[-1]
+        """(work, answer) of a demonstration; a careless solver says any number."""
+        return (f"Exactly: {example['work']}", example["answer"]) if careful else ("I guess.", str(rng.randint(2, 30)))
 
     def ground_truth(self, example: dict) -> Any:
         """What the official generations file holds as ground_truth."""
@@ -1338,7 +1334,8 @@ class Gsm8k(Task):
     name, official_name, hub, texts = "gsm8k", "gsm8k", "openai/gsm8k:main", ("question", "answer")
 
     def generate(self, rng):
-        bags, (a, b, c) = rng.random() < 0.5, (rng.randint(2, 9) for _ in range(3))
+        bags, a = rng.random() < 0.5, rng.randint(1, 9)
+        b, c = (rng.randint(2, 4) if bags else rng.randint(1, 6) for _ in range(2))
         middle, total = (b * c, a + b * c) if bags else (a + b, a + b + c)
         bought = f"{b} bags of {c}" if bags else f"{b} more and buys {c} more"
         work = f"{b}*{c}={middle}\n{middle}+{a}={total}" if bags else f"{a}+{b}={middle}\n{middle}+{c}={total}"
