@@ -2279,8 +2279,8 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
     path = out / "eval.json"
     with refusing(f"cannot read {path}"):
         earlier = json.loads(path.read_text()) if path.exists() else []
-        names = "task", "row", "gen_length", "data", *DECODING
-        merged = {tuple(e[k] for k in names): e for e in [*earlier, *entries]}
+        names = "task", "row", "gen_length", "data"
+        merged = {(*(e[k] for k in names), *map(e.get, DECODING)): e for e in [*earlier, *entries]}
     write_json(path, list(merged.values()))
     return entries
 

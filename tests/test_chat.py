@@ -1,8 +1,11 @@
 """Chat: what streamer, terminal, browser and pipeline show is what the decoder wrote."""
 
+import ast
 import copy
 import io
+import re
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -292,6 +295,18 @@ def test_the_pipeline_writes_what_the_decoder_writes(pipe, tiny):
     by_chance = decoded(*tiny, chat, remasking="ancestral", generator=[d1.stream(0, "pipeline", 0)])
     assert pipe(chat, use_confidence=False, seed=0) == [{"generated_text": by_chance}]
     assert pipe(chat, use_confidence=True) == [{"generated_text": want}]
+
+
+def test_the_lines_of_the_readme_run(checkpoint, tmp_path, monkeypatch, capsys):
+    readme = (Path(d1.__file__).parent / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(from d1_full import TextDiffusionPipeline.*?)```", readme, re.S)
+    assert lines.count("\n") == 3
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / "sft").symlink_to(checkpoint)
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})
+    (said,) = ast.literal_eval(capsys.readouterr().out)
+    assert list(said) == ["generated_text"] and isinstance(said["generated_text"], str)
 
 
 def test_a_batch_equals_singles(pipe):
