@@ -3357,8 +3357,7 @@ def run_sweep(cfg: Settings, screen: Screen, given: dict) -> None:
         out = folder / str(trial.number)
         screen.say(f"--- {out}: {shlex.join(words_of(trial.params))}")
         try:
-            own |= {"skip_eval": (True, "sweep"), "resume": (False, "sweep")}
-            run_stages(settle(given | own)[0], screen, out)
+            run_stages(settle(given | own | {"skip_eval": (True, ""), "resume": (False, "")})[0], screen, out)
         except (UserError, NonFiniteLoss) as e:
             screen.say(f"--- {out} failed: {e}")
             raise optuna.TrialPruned from e  # counts, and keeps optuna away from there; one broken off is FAIL
