@@ -157,8 +157,8 @@ class Settings:
     report_to: str = opt("none", "show the figures of metrics.jsonl to a tracker too", choices=("none", *TRACKERS))
     dry_run: bool = opt(False, "print settings and cost, load nothing, stop")
     smoke: bool = opt(False, "check each part of the run on a few rows, train and write nothing, stop")
-    sweep: int = opt(0, "trials: runs with settings from --sweep_space, chosen by optuna; by accuracy on the test "
-                     "problems, of sft_only by held-out loss; several processes may share them", low=0)
+    sweep: int = opt(0, "trials: runs with settings from --sweep_space, which optuna chooses by held-out accuracy, of "
+                     "sft_only and pretrain by held-out loss; as --skip_eval; several commands may share them", low=0)
     sweep_space: str = opt("", "YAML file, a setting a line: a list of choices, or {low: , high: , log: true}")
     debug: bool = opt(False, "show the traceback of an error")
     # the model
@@ -1801,21 +1801,6 @@ class Stage:
         screen.say(f"  warning: {text}; update left out, {self.skipped} in a row")
         return {"skipped": self.skipped}
 
-    @contextlib.contextmanager
-    def tracked(self) -> Iterator[None]:
-        """The tracker of --report_to, open; closed by itself, since accelerate's end_training ends the group too."""
-        run = dict(name=f"{self.out.name}-{self.name}", group=str(self.out))
-        own = dict(tensorboard=dict(purge_step=self.step + 1),  # which hides the steps that a resumed run makes again
-                   wandb=run | dict(dir=str(self.out)), trackio=run)
-        with refusing(f"--report_to {self.cfg.report_to} does not start", Stopped):
-            self.accel.init_trackers("d1_full", config=dataclasses.asdict(self.cfg), init_kwargs=own)
-        try:
-            yield
-        finally:
-            for tracker in self.accel.trackers:
-                tracker.finish()
-            self.accel.trackers.clear()
-
     def log(self, figures: dict) -> None:
         """Add a step's or a check's figures to metrics.jsonl and to the tracker; one process does."""
         append_jsonl(self.out / "metrics.jsonl", {"stage": self.name, "step": self.step, **figures})
@@ -1829,17 +1814,19 @@ class Stage:
         self.owed = False
 
     def run(self, screen: Screen) -> None:
-        """Train to the end, with a held-out check first if one is owed, and the tracker open."""
+        """Update until `total` steps are done; log each, save every `save_steps` and when a signal asks to stop."""
         screen.start(self.name, self.total, self.step)
-        with self.tracked():
+        run = dict(name=f"{self.out.name}-{self.name}", group=str(self.out))
+        own = dict(tensorboard=dict(purge_step=self.step + 1),  # which hides the steps that a resumed run makes again
+                   wandb=run | dict(dir=str(self.out)), trackio=run)
+        with refusing(f"--report_to {self.cfg.report_to} does not start", Stopped):
+            self.accel.init_trackers("d1_full", config=dataclasses.asdict(self.cfg), init_kwargs=own)
+        with contextlib.ExitStack() as last:
+            for tracker in self.accel.trackers:  # each by itself: end_training ends the group of processes too
+                last.callback(tracker.finish)
             if self.owed:
                 self.look(screen)
-            self.loop(screen)
-        screen.stop()
-
-    def loop(self, screen: Screen) -> None:
-        """Update until `total` steps are done; log each, save every `save_steps` and when a signal asks to stop."""
-        with stop_signals() as came:
+            came = last.enter_context(stop_signals())
             while self.step < self.total and not 0 < self.cfg.patience <= self.stale:
                 began = time.perf_counter()
                 metrics = self.update()
@@ -1859,6 +1846,7 @@ class Stage:
                 if number:
                     where = f"{signal.Signals(number).name} after {self.name} step {self.step}, which is saved"
                     raise Stopped(f"{where}; the same flags and --resume go on from there", 128 + number)
+        screen.stop()
 
 class MaskedSFT(Stage):
     """Stage 1: masked supervised fine-tuning.   d1 Algorithm 2, Sec. 3.3
@@ -2943,23 +2931,14 @@ def settle(given: dict[str, tuple[Any, str]]) -> tuple[Settings, dict[str, str]]
     validate(cfg)
     return cfg, origin
 
-def has_package(name: str) -> bool:
-    """Whether a package is installed; a mere folder of its name, as wandb leaves one, is none."""
-    return bool(getattr(importlib.util.find_spec(name), "origin", None))
-
-def check_bounds(name: str, value: Any) -> None:
-    """UserError if a setting's value is too small, too large or not finite."""
-    f = Settings.__dataclass_fields__[name]
-    low, high = f.metadata["low"], f.metadata["high"]
-    top = sys.float_info.max if high is None else high
-    if f.type in ("int", "float") and not low <= value <= top:  # as no infinity and no nan is
-        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise UserError(f"--{name} must be {'finite and ' * (not math.isfinite(value))}{bounds}, not {value}")
-
 def validate(cfg: Settings) -> None:
     """UserError on values that cannot run, before anything is loaded."""
-    for name in Settings.__annotations__:
-        check_bounds(name, getattr(cfg, name))
+    for f in dataclasses.fields(cfg):
+        value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
+        top = sys.float_info.max if high is None else high
+        if f.type in ("int", "float") and not low <= value <= top:  # as no infinity and no nan is
+            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise UserError(f"--{f.name} must be {'finite and ' * (not math.isfinite(value))}{bounds}, not {value}")
     if not re.fullmatch(r"\d+(,\d+)*", str(cfg.eval_lengths)):
         raise UserError(f"--eval_lengths must be numbers with commas, such as 128,256,512, not {cfg.eval_lengths}")
     lengths = [("gen_length", cfg.gen_length)] + [("eval_lengths", n) for n in cfg.lengths()]
@@ -2970,7 +2949,7 @@ def validate(cfg: Settings) -> None:
             raise UserError(f"--{flag} {length} must be a positive multiple of --block_length {cfg.block_length}")
     steps, blocks = cfg.diffusion_steps, cfg.gen_length // cfg.block_length
     for wrong, text in (
-        (not (cfg.task or cfg.export), f"--task is needed: one of {', '.join(TASK_CHOICES)}"),
+        (not cfg.task and (cfg.smoke or not cfg.export), f"--task is needed: one of {', '.join(TASK_CHOICES)}"),
         (steps and not blocks <= steps <= cfg.gen_length,
          f"--diffusion_steps {steps} must be from {blocks}, one a block, to --gen_length"),
         (cfg.task == "table1" and {*read_json(Path(cfg.model, "d1_state.json")).get("stages", [])} - {"pretrain"},
@@ -2983,26 +2962,23 @@ def validate(cfg: Settings) -> None:
         (cfg.task == "custom" and not cfg.data, "--task custom needs --data, rows with a column prompt"),
         (cfg.task == "chat" and (cfg.resume or cfg.export), "--task chat writes nothing: no --resume, no --export"),
         (cfg.web and cfg.task != "chat", "--web needs --task chat"),
-        (cfg.web and not importlib.util.find_spec("gradio"), "--web needs the package gradio: pip install gradio"),
         (not cfg.task and cfg.model in EMBEDDED, "--export without --task converts a checkpoint: give --model"),
         (cfg.task == "sft_only" and cfg.skip_sft, "--task sft_only and --skip_sft leave nothing to do"),
         ((cfg.from_scratch or cfg.model in EMBEDDED) and (cfg.use_lora or cfg.load_4bit),
          "random weights are trained without --use_lora and --load_4bit first"),
         (cfg.load_4bit and cfg.trains() and not cfg.use_lora, "--load_4bit weights cannot be trained: add --use_lora"),
         (cfg.load_4bit and cfg.export, "--export needs unpacked weights: export the saved adapter without --load_4bit"),
-        (cfg.smoke and not cfg.task, "--smoke needs --task, the run to check"),
         (bool(cfg.sweep) != bool(cfg.sweep_space), "--sweep N and --sweep_space FILE.yaml go together"),
-        (cfg.sweep and not has_package("optuna"), "--sweep needs the package optuna: pip install optuna"),
-        (cfg.sweep and cfg.task in ("", "table1"), "--sweep needs one task: not table1, nor --export alone"),
-        (cfg.sweep and cfg.resume, "--sweep goes on by itself where it stopped: leave out --resume"),
-        (cfg.sweep and cfg.skip_eval and cfg.task in RL_TASKS, "--sweep compares evaluations: leave out --skip_eval"),
-        (cfg.load_4bit and not has_package("bitsandbytes"), "--load_4bit needs the package bitsandbytes"),
-        (cfg.report_to != "none" and not has_package(cfg.report_to),  # accelerate would leave it out
-         f"--report_to {cfg.report_to} needs the package {cfg.report_to}: pip install {cfg.report_to}"),
+        (cfg.sweep and (not cfg.trains() or cfg.task == "table1"), "--sweep needs a --task that trains, not table1"),
         (cfg.attn == "flash_attention_2" and not (importlib.util.find_spec("flash_attn") and torch.cuda.is_available()),
          "--attn flash_attention_2 needs a CUDA GPU and the package flash-attn: use --attn auto")):
         if wrong:
             raise UserError(text)
+    for flag, used, package in (("web", cfg.web, "gradio"), ("sweep", cfg.sweep, "optuna"),
+                                ("load_4bit", cfg.load_4bit, "bitsandbytes"),  # accelerate leaves a tracker out
+                                (f"report_to {cfg.report_to}", cfg.report_to != "none", cfg.report_to)):
+        if used and not getattr(importlib.util.find_spec(package), "origin", None):  # a folder, as wandb's, has none
+            raise UserError(f"--{flag} needs the package {package}: pip install {package}")
     if cfg.model not in EMBEDDED:
         resolve_checkpoint(cfg.model)
     for source in filter(None, (cfg.data, cfg.sft_data)):
@@ -3279,224 +3255,125 @@ def run_table1(cfg: Settings, screen: Screen, out: Path, given: dict) -> list[di
 
 def smoke(cfg: Settings, screen: Screen) -> None:
     """--smoke: each part of the run once on a few rows, nothing trained or written. Stopped names what failed."""
-    rows = []
-    @contextlib.contextmanager
-    def check(name):
-        began, seen = time.perf_counter(), []
-        def see(good, text):
-            if not good:
-                raise Stopped(text)
-            seen.append(text)
-        try:
-            with refusing("error", Stopped):
-                yield see
-        except (UserError, Stopped) as e:
-            seen.append("FAILED")
-            raise Stopped(f"--smoke: {name} failed: {e}") from e
-        finally:
-            rows.append((name, ", ".join(seen), f"{time.perf_counter() - began:.1f}"))
+    name, began = "model", time.perf_counter()
     try:
-        smoke_checks(cfg, screen, check)
-    finally:
-        screen.table("Smoke checks", ["check", "seen", "seconds"], rows)
-    screen.say(f"all {len(rows)} checks passed; nothing was trained or written")
+        for good, seen, following in smoke_checks(cfg, screen):
+            if not good:
+                raise ValueError(seen)
+            screen.say(f"  {name:20}  {seen:60}  {time.perf_counter() - began:6.1f} s")
+            name, began = following, time.perf_counter()
+    except Exception as e:  # whatever it is, the check has failed
+        raise Stopped(f"--smoke: {name} failed: {' '.join(str(e).split())[:300]} ({type(e).__name__})") from e
+    screen.say("all checks passed; nothing was trained or written")
 
-def smoke_checks(cfg: Settings, screen: Screen, check: Callable) -> None:
-    """The checks of `smoke`: within check(name) as see, see(good, text) tells what was seen and fails if not good."""
-    few = dict(n_traces=8, steps_rl=min(cfg.steps_rl, cfg.mu), reward_errors="stop")
-    cfg = dataclasses.replace(cfg, **few, steps_sft=1, bs_sft=2 * processes().num_processes, rows_sft=1, lr_sft=0.0)
-    parts, problems, rows = [cfg], {}, []  # rows: (ids, prompt_len)
-    if cfg.task == "table1":
-        parts = [dataclasses.replace(cfg, task=name, skip_sft=True) for name in TASKS]
-        parts.append(dataclasses.replace(cfg, task="sft_only", skip_eval=True))
-    with check("model") as see:
-        model, tokenizer = open_model(cfg, screen)
-        mask, eos = tokenizer.mask_token_id, tokenizer.eos_token_id
-        see(True, f"{type(model).__name__}, {str(model.dtype).split('.')[1]}")
-    with check("tokenizer") as see:
-        see(None not in (mask, eos) and mask != eos, f"mask {mask}, EOS {eos}")
-        back = tokenizer.decode(ids := tokenizer.encode(SYSTEM, add_special_tokens=False))
-        plain, said = ("".join(text.lower().split()) for text in (SYSTEM, back))  # BERT has no capitals, no newlines
-        see(plain == said, f"{len(ids)} tokens read back {'alike' if plain == said else 'as ' + repr(back)}")
-    with check("data") as see:
-        for part in parts:
-            splits, traces = load_data(part, tasks_of(part), tokenizer, screen)
-            problems, rows = problems | {task: split for task, split in splits.items() if split}, rows + traces
-        sizes = collections.Counter()
-        for split in problems.values():
-            sizes.update({name: len(found) for name, found in split.items()})
-        see(True, ", ".join(f"{name} {n:,}" for name, n in [*sizes.items(), ("SFT rows", len(rows))]))
-        chosen = [(task, e) for task, split in problems.items() for e in split["test"][:2]]
-        asked = [evaluation_prompts(tokenizer, task, [e], cfg)[0][0] for task, e in chosen] or [
-            ids[:n] for ids, n in rows[:2]]
+def smoke_checks(cfg: Settings, screen: Screen) -> Iterator[tuple[bool, str, str]]:
+    """The checks of `smoke`: is it well, what was seen, the next one's name. The first is of the model."""
+    cfg = dataclasses.replace(cfg, n_traces=8, steps_rl=min(cfg.steps_rl, cfg.mu), steps_sft=1, rows_sft=1, lr_sft=0.0,
+                              bs_sft=2 * processes().num_processes, reward_errors="stop")
+    model, tokenizer = open_model(cfg, screen)
+    mask, eos, size, problems, rows = tokenizer.mask_token_id, tokenizer.eos_token_id, cfg.block_length, {}, []
+    yield True, f"{type(model).__name__}, {str(model.dtype).split('.')[1]}", "tokenizer"
+    back = tokenizer.decode(text := tokenizer.encode(SYSTEM, add_special_tokens=False))
+    alike = "".join(SYSTEM.lower().split()) == "".join(back.lower().split())  # BERT has no capitals, no newlines
+    yield (alike and None not in (mask, eos) and mask != eos,
+           f"mask {mask}, EOS {eos}, {len(text)} tokens read back {'alike' if alike else f'as {back!r}'}", "data")
+    for name in ("sft_only", *TASKS) if cfg.task == "table1" else [cfg.task]:
+        part = dataclasses.replace(cfg, task=name, skip_sft=cfg.skip_sft or cfg.task == "table1")
+        splits, traces = load_data(part, tasks_of(part), tokenizer, screen)
+        problems, rows = problems | splits, rows + traces  # rows: (ids, prompt_len)
+    sizes = collections.Counter(name for split in problems.values() for name, found in split.items() for _ in found)
+    yield True, ", ".join(f"{name} {n:,}" for name, n in [*sizes.items(), ("SFT rows", len(rows))]), "forward pass"
+    chosen = [(task, e) for task, split in problems.items() for e in split.get("test", [])[:2]]
+    asked = [evaluation_prompts(tokenizer, task, [e], cfg)[0][0] for task, e in chosen] or [
+        [int(i) for i in ids[: n or size]] for ids, n in rows[:2]]
     if not rows:  # without a stage 1 its loss is tried on this text as a reply
-        reply = tokenizer.encode(SYSTEM, add_special_tokens=False) + turn_end(tokenizer)
-        rows = [(prompt + reply, len(prompt)) for prompt in asked]
-        cfg.sft_length, cfg.sft_extra = max(len(ids) for ids, _ in rows), 0
+        rows = [(prompt + text + turn_end(tokenizer), len(prompt)) for prompt in asked]
+        cfg.sft_length, cfg.sft_extra = max(len(row) for row, _ in rows), 0
     prompt, real = pad_left(asked, tokenizer.pad_token_id, model.device)  # (B, P)
-    with check("forward pass") as see, torch.no_grad(), precision(model.device):
-        check_positions(model, prompt.shape[1] + max(cfg.lengths()) * bool(chosen))
-        x = F.pad(prompt, (0, cfg.block_length), value=mask)  # (B, P+K)
-        logits = model.eval()(x, attention_mask=extend_mask(real, x.shape[1])).logits  # (B, P+K, V)
-        see(logits.shape[:2] == x.shape, f"logits {tuple(logits.shape)}")
-        see(bool(logits.isfinite().all()), f"{int((~logits.isfinite()).sum())} not finite")
+    check_positions(model, prompt.shape[1] + max(cfg.lengths()) * bool(chosen))
+    x = F.pad(prompt, (0, size), value=mask)  # (B, P+K)
+    with torch.no_grad(), precision(model.device):
+        top = float(model.eval()(x, attention_mask=extend_mask(real, x.shape[1])).logits.abs().max())
+    yield top < math.inf, f"logits up to {top:.3g}", "decoding" if cfg.eval_only else "masking"
     if not cfg.eval_only:
-        with check("masking") as see:
-            stage = MaskedSFT(model, tokenizer, rows, cfg, Path(cfg.output_dir))
-            x0, keep = stage.collate(rows[:8], cfg.sft_length)  # (B, L)
-            n = int((~keep).sum())
-            for t in (0.1, 0.5, 0.9):
-                xt, masked = forward_process(x0, torch.full((len(x0),), t), keep, mask, stream(cfg.seed, "smoke", t))
-                share, kept = int(masked.sum()) / n, torch.equal(xt[~masked], x0[~masked]) and not masked[keep].any()
-                near = abs(share - t) <= 5 * math.sqrt(t * (1 - t) / n)
-                see(kept and near, f"t {t}: {share:.2f}" + ", and other tokens or the prompt changed" * (not kept))
-        with check("SFT loss, backward") as see:
-            figures = stage.update()  # at learning rate 0
-            good = all(0 <= figures[k] < math.inf for k in ("loss", "grad_norm"))
-            see(good, f"loss {figures['loss']:.3f}, gradient {figures['grad_norm']:.3f}")
-            stage.finish(screen)
-    with check("decoding") as see, precision(model.device):
-        eval_mode(model)
-        size = cfg.block_length
-        out = diffuse_decode(model, prompt, attention_mask=real, gen_length=size, block_length=size, mask_id=mask,
-                             steps=min(4, size), cache=cfg.cache)[:, prompt.shape[1] :]  # (B, K)
-        see(not (out == mask).any(), f"{out.numel()} tokens, {int((out == mask).sum())} of them masks")
-    if cfg.task != "sft_only":
-        with check("reward") as see:
-            texts = reply_texts(tokenizer, out)
-            for task in problems:
-                mine = [(text, e) for text, (of, e) in zip(texts, chosen, strict=True) if of is task]
-                paid = [v for d in task.pay(*zip(*mine, strict=True), cfg.preset == "official") for v in d.values()]
-                see(paid and all(map(math.isfinite, paid)), f"{task.name} {sum(paid) / len(mine):.2f}")
+        stage = MaskedSFT(model, tokenizer, rows, cfg, Path(cfg.output_dir))
+        x0, keep = stage.collate(rows[:8], cfg.sft_length)  # (B, L)
+        xt, masked = forward_process(x0, torch.full((len(x0),), 0.5), keep, mask, stream(cfg.seed, "smoke"))
+        share, other = masked[~keep].float().mean(), bool(masked[keep].any() or (xt != x0.where(~masked, mask)).any())
+        yield (not other and abs(share - 0.5) < 2.5 / math.sqrt((~keep).sum()),  # five standard deviations
+               f"at t 0.5 {share:.2f} of the replies{', and more is changed' * other}", "SFT loss, gradient")
+        loss, norm = map(stage.update().get, ("loss", "grad_norm"))  # at learning rate 0
+        stage.finish(screen)
+        yield 0 <= loss < math.inf and 0 <= norm < math.inf, f"loss {loss:.3f}, gradient {norm:.3f}", "decoding"
+    with precision(model.device):
+        out = diffuse_decode(model.eval(), prompt, attention_mask=real, gen_length=size, steps=min(4, size),
+                             cache=cfg.cache, **decoding(tokenizer, cfg))[:, prompt.shape[1] :]  # (B, K)
+    yield not (out == mask).any(), f"{out.numel()} tokens, {int((out == mask).sum())} of them masks", "reward"
+    replies, official = zip(chosen, reply_texts(tokenizer, out), strict=False), cfg.preset == "official"
+    paid = [sum(task.pay([text], [e], official)[0].values()) for (task, e), text in replies]
+    yield all(map(math.isfinite, paid)), f"of {len(paid)} replies: {sum(paid):.2f}", ""
 
-def read_space(path: str) -> dict[str, Any]:
-    """--sweep_space as {setting: its optuna distribution}; every value is read as if it stood on the command line."""
+def read_space(path: str, given: dict) -> dict[str, tuple[str, dict]]:
+    """--sweep_space as {setting: (kind, options) of optuna's suggest}; each value is tried, with the others' first."""
     import yaml
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-    space = {}
-    with refusing(f"--sweep_space {path}"):
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or not content:
-            raise ValueError("write a setting a line, 'lr_rl: {low: 1e-5, high: 1e-3, log: true}' or 'mu: [4, 8]'")
-        for name, wanted in content.items():
-            kind, ranges = Settings.__annotations__.get(name), isinstance(wanted, dict)
-            if name in (*FREE, "task", "eval_only", "export"):
-                raise UserError(f"--sweep_space {path}: --{name} cannot be swept")
-            values = [wanted.get("low"), wanted.get("high")] if ranges else wanted
-            if ranges and (not {"low", "high"} <= set(wanted) <= {"low", "high", "log"} or
-                           type(wanted.get("log", False)) is not bool or kind not in ("int", "float", None)):
-                raise ValueError(f"{name}: a range is {{low: , high: , log: true or false}} of a number")
-            if not isinstance(values, list) or not values or any(isinstance(v, dict | list | None) for v in values):
-                raise ValueError(f"{name}: give a list of choices, or {{low: , high: }}")
-            values = [parse_words(words_of({name: v}))[name] for v in values]
-            for value in values:
-                check_bounds(name, value)
-            number = IntDistribution if kind == "int" else FloatDistribution
-            space[name] = number(*values, log=wanted.get("log", False)) if ranges else CategoricalDistribution(values)
+    from optuna.trial import FixedTrial
+    space, first, tries = {}, {}, []
+    with refusing(f"--sweep_space {path}, where a line is mu: [4, 8], or lr_rl: {{low: 1e-5, high: 1e-3, log: true}}"):
+        for name, wanted in yaml.safe_load(Path(path).read_text(encoding="utf-8")).items():
+            if name in (*FREE, "task", "eval_only", "export") or not wanted or not isinstance(wanted, list | dict):
+                raise ValueError(f"--{name} {wanted} cannot be swept")
+            span = map(wanted.pop, ("low", "high")) if isinstance(wanted, dict) else wanted
+            values = [parse_words(words_of({name: v}))[name] for v in span]  # read as on the command line
+            kind, how = ("categorical", dict(choices=values)) if isinstance(wanted, list) else (
+                Settings.__annotations__[name], dict(low=values[0], high=values[1], **wanted))
+            getattr(FixedTrial({name: values[0]}), f"suggest_{kind}")(name, **how)  # optuna looks at the range
+            space[name], first[name] = (kind, how), (values[0], "sweep")
+            tries += [{name: (v, "sweep")} for v in values]
+    for one in tries:
+        settle(given | first | one)
     return space
 
-def open_study(cfg: Settings, space: dict[str, Any], folder: Path):
-    """The study in folder/sweep.db, new or of the same flags and space; it is silent."""
+def run_sweep(cfg: Settings, screen: Screen, given: dict) -> None:
+    """--sweep trials, each a run of its own, or as many as are missing; then the ten best, and the best one's flags."""
     import filelock
     import optuna
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    told = {name: optuna.distributions.distribution_to_json(d) for name, d in space.items()}
-    with refusing(f"cannot use {folder / 'sweep.db'}"), filelock.FileLock(folder / ".sweep.lock"):
-        storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'sweep.db'}",
-                                             engine_kwargs={"connect_args": {"timeout": 60}})
-        study = optuna.create_study(storage=storage, study_name="d1_full", direction="maximize", load_if_exists=True)
-        then = study.user_attrs or dict(settings=dataclasses.asdict(cfg), space=told)
-        changed = changed_settings(then["settings"], cfg) + ["another --sweep_space"] * (then["space"] != told)
-        if changed:
-            raise ValueError(f"that sweep had {', '.join(changed)}: give its flags, or another --output_dir")
-        for name, value in then.items():
-            study.set_user_attr(name, value)
-    return study
-
-def next_trial(study, cfg: Settings, space: dict[str, Any], folder: Path):
-    """(trial, its lock, held), or None when enough are done or under way; one whose process died does not count."""
-    import filelock
-    import optuna
-    count, states = 0, optuna.trial.TrialState
-    with filelock.FileLock(folder / ".sweep.lock"):  # so that processes see each other's trials, and propose others
-        trials = study.get_trials(deepcopy=False)
-        for trial in trials:
-            lock = filelock.FileLock(folder / f".trial{trial.number}.lock", timeout=0)
-            try:
-                if trial.state == states.RUNNING:
-                    with lock:  # the system has freed it: nobody works on this trial any more
-                        study.tell(trial.number, state=states.FAIL)
-            except filelock.Timeout:
-                count += 1
-            count += trial.state in (states.COMPLETE, states.PRUNED)
-        if count >= cfg.sweep:
-            return None
-        seed = stream(cfg.seed, "sweep", len(trials)).initial_seed() % 2**32
-        study.sampler = optuna.samplers.TPESampler(seed=seed)
-        trial = study.ask(space)
-        return trial, filelock.FileLock(folder / f".trial{trial.number}.lock", timeout=0).acquire()
-
-def trial_value(cfg: Settings, entries: list[dict], out: Path) -> float:
-    """What a sweep compares: mean accuracy (custom: reward) of the last row, or minus the last held-out loss."""
-    if cfg.task in RL_TASKS:
-        key = Custom.score if cfg.task == "custom" else "accuracy"
-        values = [e[key] for e in entries if e["row"] == entries[-1]["row"]]
-    else:
-        values = [-r["heldout_loss"] for r in read_log(out / "metrics.jsonl") if "heldout_loss" in r][-1:]
-    value = sum(values) / len(values) if values else math.nan
-    if not math.isfinite(value):
-        raise NonFiniteLoss("no finite figure to compare was made")
-    return value
-
-def run_trial(screen: Screen, given: dict, params: dict[str, Any], out: Path) -> float | None:
-    """One trial's value; None if it failed, which does not end the sweep."""
-    screen.say(f"--- {out}: {' '.join(words_of(params))}")
-    try:
-        own = settle(given | {k: (v, "sweep") for k, v in params.items()})[0]
-        value = trial_value(own, run_stages(own, screen, out), out)
-    except (UserError, NonFiniteLoss) as e:
-        return screen.say(f"--- {out} failed: {e}")
-    except (KeyboardInterrupt, Stopped) as e:
-        why = str(e).partition(";")[0] or "Ctrl-C"  # the rest is of --resume
-        text = f"trial {out.name} is given up: {why}; finished ones are kept, and the same command goes on"
-        raise Stopped(text, getattr(e, "status", 130)) from e
-    finally:
-        screen.stop()
-    screen.say(f"--- {out}: {value:.4f}")
-    return value
-
-def run_sweep(cfg: Settings, screen: Screen, given: dict, space: dict[str, Any]) -> None:
-    """--sweep trials, each a run of its own by `run_stages`, then the best. Processes of one folder share the study."""
-    import optuna
-    from accelerate.utils import broadcast_object_list
-    folder, main = Path(cfg.output_dir) / f"{cfg.task}-sweep", processes().is_main_process
+    if processes().num_processes > 1:
+        raise UserError("--sweep: one process a trial; start the command several times instead")
+    space, folder = read_space(cfg.sweep_space, given), Path(cfg.output_dir) / f"{cfg.task}-sweep"
     folder.mkdir(parents=True, exist_ok=True)
-    study = open_study(cfg, space, folder) if main else None
-    while True:
-        trial, lock = (main and next_trial(study, cfg, space, folder)) or (None, contextlib.nullcontext())
-        number, params = broadcast_object_list([(trial.number, trial.params) if trial else (None, None)])[0]
-        if number is None:
-            break
-        with lock:
-            value = run_trial(screen, given, params, folder / str(number))
-            if main:  # a failed one counts, and "pruned" keeps the sampler away from there
-                study.tell(trial, value, state=None if value is not None else optuna.trial.TrialState.PRUNED)
-        gc.collect()
-    if main:
-        sweep_table(study, space, screen)
-        screen.say(f"trials and their runs are in {folder}")
-
-def sweep_table(study, space: dict[str, Any], screen: Screen) -> None:
-    """The ten best trials, and the flags of the best. Stopped if none went well."""
-    trials = study.get_trials(deepcopy=False)
-    done = sorted((t for t in trials if t.state.name == "COMPLETE"), key=lambda t: -t.value)
-    failed, under_way = (sum(t.state.name == name for t in trials) for name in ("PRUNED", "RUNNING"))
-    rows = [(t.number, f"{t.value:.4f}", *(t.params[k] for k in space)) for t in done[:10]]
-    screen.table(f"Best of {len(done)} trials, {failed} failed, {under_way} under way elsewhere",
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with refusing(f"cannot use {folder / 'sweep.db'}"), filelock.FileLock(folder / ".lock"):  # one makes the tables
+        storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'sweep.db'}", {"connect_args": {"timeout": 60}},
+                                             heartbeat_interval=20)  # a trial not heard of for 40 s was killed
+        study = optuna.create_study(storage=storage, study_name="d1_full", direction="maximize", load_if_exists=True)
+        optuna.storages.fail_stale_trials(study)
+    def objective(trial) -> float:
+        seed = stream(cfg.seed, "sweep", trial.number).initial_seed() % 2**32  # so that no two trials draw alike
+        study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+        with refusing(f"{folder} is of another --sweep_space: give another --output_dir"):
+            own = {k: (getattr(trial, f"suggest_{kind}")(k, **how), "sweep") for k, (kind, how) in space.items()}
+        out = folder / str(trial.number)
+        screen.say(f"--- {out}: {shlex.join(words_of(trial.params))}")
+        try:
+            run_stages(settle(given | own | {"skip_eval": (True, ""), "resume": (False, "")})[0], screen, out)
+        except (UserError, NonFiniteLoss) as e:
+            screen.say(f"--- {out} failed: {e}")
+            raise optuna.TrialPruned from e  # counts, and keeps optuna away from there; one broken off is FAIL
+        finally:
+            screen.stop()
+        key = "heldout_accuracy" if cfg.task in RL_TASKS else "heldout_loss"  # no test problem, see [D18]
+        found = [r[key] for r in read_log(out / "metrics.jsonl") if key in r] or [math.nan]
+        return max(found) if cfg.task in RL_TASKS else -found[-1]
+    counted = [getattr(optuna.trial.TrialState, name) for name in ("COMPLETE", "PRUNED", "RUNNING")]
+    study.optimize(objective, n_trials=max(cfg.sweep - len(study.get_trials(states=counted)), 0), gc_after_trial=True,
+                   callbacks=[optuna.study.MaxTrialsCallback(cfg.sweep, states=counted)])
+    done, failed, under_way = (study.get_trials(states=[state]) for state in counted)
+    rows = [(t.number, f"{t.value:.4f}", *map(t.params.get, space)) for t in sorted(done, key=lambda t: -t.value)[:10]]
+    screen.table(f"Best of {len(done)} trials in {folder}, {len(failed)} failed, {len(under_way)} under way elsewhere",
                  ["trial", "value", *space], rows)
     if not done:
-        raise Stopped("no trial of the sweep went well; their messages are above")
-    screen.say(f"best: {shlex.join(words_of(done[0].params))}")
+        raise Stopped("no trial of the sweep has gone well; their messages are above")
+    screen.say(f"best: {shlex.join(words_of(study.best_params))}")
 
 def skeleton(cfg: Settings):
     """The model without memory for its weights, for counting."""
@@ -3569,7 +3446,6 @@ def run(argv: Sequence[str] | None) -> None:
     screen = Screen()
     if cfg.dry_run:
         return dry_run(cfg, origin, screen)
-    space = read_space(cfg.sweep_space) if cfg.sweep else {}
     torch.set_num_threads(cfg.threads or min(torch.get_num_threads(), 8))
     if not cfg.task:
         model, tokenizer = open_model(cfg, screen)
@@ -3580,7 +3456,7 @@ def run(argv: Sequence[str] | None) -> None:
     if cfg.smoke:
         return smoke(cfg, screen)
     if cfg.sweep:
-        return run_sweep(cfg, screen, given, space)
+        return run_sweep(cfg, screen, given)
     began, out = time.monotonic(), Path(cfg.output_dir) / {"sft_only": "sft"}.get(cfg.task, cfg.task)
     saved = (out if cfg.task == "table1" else out / "trainer" / "manifest.json").exists()
     cfg.resume = cfg.resume or (cfg.auto_resume and saved)

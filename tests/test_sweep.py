@@ -1,12 +1,18 @@
 """Trackers, --auto_resume, --smoke and --sweep."""
 
+import argparse
+import gc
+import importlib.machinery
 import importlib.util
 import json
 import math
 import os
+import re
 import signal
+import sqlite3
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -16,6 +22,14 @@ from test_cli import SMALL, run
 import d1_full as d1
 
 ROOT = Path(d1.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def quick_collections():
+    """`main` and optuna collect garbage after each run: let them pass over what is there already."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def logged(folder):
@@ -81,10 +95,12 @@ def test_a_tracker_that_is_not_installed_is_one_line(name, tmp_path, monkeypatch
     assert f"--report_to {name} needs the package {name}: pip install {name}" in error and error.count("\n") == 1
 
 
-def test_a_folder_is_no_package(tmp_path, monkeypatch):
-    (tmp_path / "leftovers").mkdir()
-    monkeypatch.syspath_prepend(tmp_path)
-    assert importlib.util.find_spec("leftovers") and not d1.has_package("leftovers") and d1.has_package("torch")
+def test_a_folder_is_no_package(tmp_path, monkeypatch, capsys):
+    (tmp_path / "wandb").mkdir()  # as wandb leaves one
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: importlib.machinery.PathFinder.find_spec(
+        name, [str(tmp_path)] if name == "wandb" else None))
+    assert importlib.util.find_spec("wandb") and run("--task", "sudoku", "--report_to", "wandb", out=tmp_path) == 2
+    assert "needs the package wandb" in capsys.readouterr().err
 
 
 # --auto_resume
@@ -124,23 +140,27 @@ def test_auto_resume_of_table1(there, tmp_path, monkeypatch):
 
 # --smoke
 
-CHECKS = "model", "tokenizer", "data", "forward pass", "masking", "SFT loss, backward", "decoding", "reward"
+CHECKS = "model", "tokenizer", "data", "forward pass", "masking", "SFT loss, gradient", "decoding", "reward"
+
+
+def checks_in(shown):
+    return [line[2:22].strip() for line in shown.splitlines() if re.match(r"  \S.* s$", line)]
 
 
 @pytest.mark.parametrize("flags,left_out", [
-    ("--task sudoku", ()), ("--task sft_only", ("reward",)), ("--task table1", ()), ("--task math500 --skip_sft", ()),
-    ("--task count --eval_only", ("masking", "SFT loss, backward"))])
+    ("--task sudoku", ()), ("--task sft_only", ()), ("--task table1", ()), ("--task math500 --skip_sft", ()),
+    ("--task pretrain", ()), ("--task count --eval_only", ("masking", "SFT loss, gradient"))])
 def test_smoke_shows_every_check_and_leaves_nothing(flags, left_out, tmp_path, capsys, monkeypatch):
     loaded, load = [], d1.load_model
     monkeypatch.setattr(d1, "load_model", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[0])
     assert run(*flags.split(), "--smoke", out=tmp_path / "o") == 0
     shown = capsys.readouterr().out
-    for name in CHECKS:
-        assert (f"│ {name} " in shown) == (name not in left_out)
-    assert f"all {len(CHECKS) - len(left_out)} checks passed" in shown and not list(tmp_path.iterdir())
+    assert checks_in(shown) == [name for name in CHECKS if name not in left_out]
+    assert "all checks passed" in shown and not list(tmp_path.iterdir())
     fresh = load("tiny", device="cpu", seed=0)[0].state_dict()
     assert all(torch.equal(w, fresh[k]) for k, w in loaded[0][0].state_dict().items())  # nothing was trained
     assert ("train 2, heldout 128, test 4, SFT rows 8 " in shown) == ("sudoku" in flags)
+    assert ("train 8, heldout 512, test 16, SFT rows 32 " in shown) == ("table1" in flags)
 
 
 def broken_weights(d1, monkeypatch):
@@ -190,14 +210,15 @@ def broken_reward(d1, monkeypatch):
 
 
 @pytest.mark.parametrize("break_it,name", [
-    (broken_weights, "forward pass"), (broken_gradient, "SFT loss, backward"), (broken_masking, "masking"),
+    (broken_weights, "forward pass"), (broken_gradient, "SFT loss, gradient"), (broken_masking, "masking"),
     (broken_prompt, "masking"), (broken_rate, "masking"), (broken_decoder, "decoding"), (broken_reward, "reward")])
 def test_smoke_names_what_is_broken(break_it, name, tmp_path, capsys, monkeypatch):
     break_it(d1, monkeypatch)
     assert run("--task", "sudoku", "--smoke", out=tmp_path / "o") == 1
     shown = capsys.readouterr()
     assert shown.err.startswith(f"d1_full.py: stopped: --smoke: {name} failed: ") and shown.err.count("\n") == 1
-    assert "FAILED" in shown.out and "passed" not in shown.out and not list(tmp_path.iterdir())
+    assert checks_in(shown.out) == list(CHECKS[: CHECKS.index(name)]) and "passed" not in shown.out
+    assert not list(tmp_path.iterdir())
 
 
 def test_smoke_reads_the_data_of_the_run(tmp_path, capsys):
@@ -243,9 +264,12 @@ def ran(monkeypatch):
     came = []
 
     def at_once(cfg, screen, out):
+        assert cfg.skip_eval and not cfg.resume  # the test problems are for after the sweep
         came.append(cfg)
-        good = 1 - abs(math.log10(cfg.lr_rl) + 3)
-        return [dict(row="sft", accuracy=5.0), *(dict(row="d1", accuracy=good + more) for more in (-0.1, 0.1))]
+        out.mkdir()
+        best = 1 - abs(math.log10(cfg.lr_rl) + 3)
+        rows = [dict(heldout_loss=9.0), *(dict(heldout_accuracy=best - less) for less in (0.2, 0, 0.1)), dict(loss=1)]
+        (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     monkeypatch.setattr(d1, "run_stages", at_once)
     return came
@@ -255,18 +279,18 @@ def test_sweep_makes_as_many_trials_as_are_missing_and_shows_the_best(ran, tmp_p
     assert sweep(tmp_path, 2) == 0 and len(ran) == 2
     assert sweep(tmp_path, 2) == 0 and len(ran) == 2
     capsys.readouterr()
-    assert sweep(tmp_path, 3) == 0 and len(ran) == 3
+    assert sweep(tmp_path, 3, "--resume") == 0 and len(ran) == 3  # which it does anyway
     trials = study_of(tmp_path).trials
     assert study_of(tmp_path).direction.name == "MAXIMIZE"
     for trial, cfg in zip(trials, ran, strict=True):
         assert trial.params == {"lr_rl": cfg.lr_rl, "mu": cfg.mu, "save_steps": cfg.save_steps}
-        assert trial.value == pytest.approx(1 - abs(math.log10(cfg.lr_rl) + 3))  # of the last row alone
+        assert trial.value == pytest.approx(1 - abs(math.log10(cfg.lr_rl) + 3))  # the best held-out check
         assert 1e-5 <= cfg.lr_rl <= 1e-2 and cfg.mu in (1, 2) and 2 <= cfg.save_steps <= 9
         assert cfg.steps_sft == SMALL["steps_sft"]  # the other flags hold
     assert len({cfg.lr_rl for cfg in ran}) == 3
-    best, shown = max(trials, key=lambda t: t.value), capsys.readouterr().out
-    assert f"best: --lr_rl={best.params['lr_rl']} --mu={best.params['mu']}" in shown
-    assert "Best of 3 trials" in shown and "[I " not in shown
+    best, shown = max(trials, key=lambda t: t.value), capsys.readouterr()
+    assert f"best: --lr_rl={best.params['lr_rl']} --mu={best.params['mu']}" in shown.out
+    assert "Best of 3 trials" in shown.out and not shown.err
 
 
 def test_a_broken_off_sweep_proposes_what_an_unbroken_one_does(ran, tmp_path):
@@ -277,31 +301,37 @@ def test_a_broken_off_sweep_proposes_what_an_unbroken_one_does(ran, tmp_path):
     assert [cfg.lr_rl for cfg in ran[:3]] == [cfg.lr_rl for cfg in ran[3:]]
 
 
-def test_a_failed_trial_counts_and_the_sweep_goes_on(ran, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("how", [d1.NonFiniteLoss("NaN in step 3"), d1.UserError("NaN in step 3")])
+def test_a_failed_trial_counts_and_the_sweep_goes_on(how, ran, tmp_path, capsys, monkeypatch):
     at_once = d1.run_stages
 
     def first_fails(cfg, screen, out):
         if not ran:
             ran.append(cfg)
-            raise d1.NonFiniteLoss("NaN in step 3")
+            raise how
         return at_once(cfg, screen, out)
 
     monkeypatch.setattr(d1, "run_stages", first_fails)
     assert sweep(tmp_path, 3) == 0 and len(ran) == 3
     shown = capsys.readouterr().out
-    assert "failed: NaN in step 3" in shown and "Best of 2 trials, 1 failed" in shown
+    assert "failed: NaN in step 3" in shown and "Best of 2 trials" in shown and "1 failed" in shown
     assert [t.state.name for t in study_of(tmp_path).trials] == ["PRUNED", "COMPLETE", "COMPLETE"]
 
 
-def test_settings_that_do_not_go_together_fail_their_trial_alone(ran, tmp_path, capsys):
-    assert sweep(tmp_path, 8, space="group: [2, 3]\n") == 0  # --bs_rl is 4
-    assert ran and {cfg.group for cfg in ran} == {2} and "must be a multiple of --group 3" in capsys.readouterr().out
-    assert sweep(tmp_path, 1, "--output_dir", tmp_path / "p", space="group: [3]\n") == 1
-    assert "no trial of the sweep went well" in capsys.readouterr().err
+def test_values_are_tried_with_the_first_ones_and_what_does_not_fit_fails_its_trial_alone(ran, tmp_path, capsys):
+    assert sweep(tmp_path, 8, space="bs_rl: [6, 4]\ngroup: [2, 3]\n") == 0  # --bs_rl 4 alone takes no group of 3
+    assert ran and (4, 3) not in {(cfg.bs_rl, cfg.group) for cfg in ran}
+    assert "--bs_rl 4 must be a multiple of --group 3" in capsys.readouterr().out
+    assert sweep(tmp_path, 1, "--output_dir", tmp_path / "p", space="group: [2, 3]\n") == 2
+    assert "must be a multiple of --group 3" in capsys.readouterr().err and not (tmp_path / "p").exists()
 
 
-@pytest.mark.parametrize("how,status", [
-    (KeyboardInterrupt(), 130), (d1.Stopped("SIGTERM after sft step 3, which is saved; --resume", 143), 143)])
+def test_a_sweep_without_a_good_trial_is_status_1(ran, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(d1, "run_stages", lambda cfg, screen, out: None)  # no figures
+    assert sweep(tmp_path, 1) == 1 and "no trial of the sweep has gone well" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how,status", [(KeyboardInterrupt(), 130), (d1.Stopped("SIGTERM after sft step 3", 143), 143)])
 def test_ctrl_c_ends_the_sweep_and_the_trial_does_not_count(how, status, ran, tmp_path, capsys, monkeypatch):
     at_once = d1.run_stages
 
@@ -313,8 +343,7 @@ def test_ctrl_c_ends_the_sweep_and_the_trial_does_not_count(how, status, ran, tm
 
     monkeypatch.setattr(d1, "run_stages", second_stops)
     assert sweep(tmp_path, 3) == status
-    error = capsys.readouterr().err
-    assert "trial 1 is given up" in error and "--resume" not in error and error.count("\n") == 1
+    assert capsys.readouterr().err.count("\n") == 1
     assert sweep(tmp_path, 3) == 0
     assert [t.state.name for t in study_of(tmp_path).trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
 
@@ -330,7 +359,8 @@ def meet(cfg, screen, out):
         time.sleep(0.1)
         if len(list(folder.iterdir())) >= int(os.environ["MEET"]):
             break
-    return [dict(row="d1", accuracy=cfg.lr_rl)]
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"heldout_accuracy": %s}' % cfg.lr_rl)
 d1.run_stages = meet
 sys.exit(d1.main(sys.argv[1:]))"""
 
@@ -344,60 +374,73 @@ def start(tmp_path, n, meet):
                             stderr=subprocess.STDOUT, text=True)
 
 
-def test_two_processes_share_a_sweep_and_a_killed_one_does_not_count(tmp_path, ran):
-    pytest.importorskip("optuna")
-    both = [start(tmp_path, 5, meet=2) for _ in range(2)]
-    said = [p.communicate(timeout=120)[0] for p in both]
-    assert [p.returncode for p in both] == [0, 0], said
+def test_two_processes_share_a_sweep_and_a_killed_one_does_not_count(tmp_path, ran, capsys):
+    both = [start(tmp_path, 4, meet) for meet in (9, 2)]  # the first waits in its trial
+    said = both[1].communicate(timeout=120)[0]
+    assert both[1].returncode == 0 and "1 under way elsewhere" in said, said
     trials = study_of(tmp_path).trials
-    assert [t.state.name for t in trials] == ["COMPLETE"] * 5  # not one more
-    assert len({t.params["lr_rl"] for t in trials}) == 5
-    waits = start(tmp_path, 6, meet=9)
-    while not any(t.state.name == "RUNNING" for t in study_of(tmp_path).trials):
-        assert waits.poll() is None
-    assert sweep(tmp_path, 6) == 0 and not ran  # the sixth is under way
-    waits.kill()
-    waits.communicate()
-    assert sweep(tmp_path, 6) == 0 and len(ran) == 1
-    assert [t.state.name for t in study_of(tmp_path).trials] == ["COMPLETE"] * 5 + ["FAIL", "COMPLETE"]
+    assert sorted(t.state.name for t in trials) == ["COMPLETE"] * 3 + ["RUNNING"]
+    assert len({t.params["lr_rl"] for t in trials}) == 4  # no two alike
+    both[0].kill()
+    both[0].communicate()
+    assert sweep(tmp_path, 4) == 0 and not ran  # it was heard of a moment ago
+    with sqlite3.connect(tmp_path / "o" / "sudoku-sweep" / "sweep.db") as db:
+        assert db.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-50 seconds')").rowcount
+    assert sweep(tmp_path, 4) == 0 and len(ran) == 1
+    assert sorted(t.state.name for t in study_of(tmp_path).trials) == ["COMPLETE"] * 4 + ["FAIL"]
 
 
-def test_sweep_of_sft_by_its_heldout_loss(tmp_path, capsys):
+@pytest.mark.parametrize("task,space,key", [
+    ("sft_only", "lr_sft: [1e-6, 0.003]\n", "heldout_loss"), ("sudoku", "mu: [1, 2]\n", "heldout_accuracy")])
+def test_sweep_of_whole_runs_by_their_heldout_figure(task, space, key, tmp_path, capsys):
     pytest.importorskip("optuna")
-    space = "lr_sft: [1e-6, 0.003]\n"
-    assert sweep(tmp_path, 2, "--skip_eval", "--steps_sft", 20, "--seed", 1, space=space, task="sft_only") == 0
-    folder = tmp_path / "o" / "sft_only-sweep"
-    for trial in study_of(tmp_path, "sft_only").trials:
-        last = [r["heldout_loss"] for r in logged(folder / str(trial.number)) if "heldout_loss" in r][-1]
-        assert trial.value == -last
-        state = json.loads((folder / str(trial.number) / "d1_state.json").read_text())
-        assert state["settings"]["lr_sft"] == trial.params["lr_sft"]
-    assert "best: --lr_sft=" in capsys.readouterr().out
+    assert sweep(tmp_path, 2, "--steps_sft", 12, "--seed", 1, space=space, task=task) == 0
+    folder = tmp_path / "o" / f"{task}-sweep"
+    for trial in study_of(tmp_path, task).trials:
+        found = [r[key] for r in logged(folder / str(trial.number)) if key in r]
+        assert trial.value == (max(found) if task == "sudoku" else -found[-1])
+        settings = json.loads((folder / str(trial.number) / "d1_state.json").read_text())["settings"]
+        assert all(settings[name] == value for name, value in trial.params.items())
+        assert not (folder / str(trial.number) / "eval.json").exists()
+    assert "best: --" in capsys.readouterr().out
 
 
-def test_another_sweep_in_the_same_folder_is_refused(ran, tmp_path, capsys):
-    assert sweep(tmp_path, 1) == 0
-    for flags, space, word in ((("--beta", 1), SPACE, "--beta 0.04"), ((), "mu: [1, 4]\n", "another --sweep_space")):
-        assert sweep(tmp_path, 2, *flags, space=space) == 2
-        error = capsys.readouterr().err
-        assert word in error and error.count("\n") == 1 and len(ran) == 1
+def test_other_choices_in_the_same_folder_are_refused(ran, tmp_path, capsys):
+    assert sweep(tmp_path, 1) == 0 and sweep(tmp_path, 2, space="mu: [1, 4]\n") == 2
+    error = capsys.readouterr().err
+    assert "another --sweep_space" in error and error.count("\n") == 1 and len(ran) == 1
+
+
+def test_several_processes_of_accelerate_are_refused(ran, tmp_path, capsys, monkeypatch):
+    two = types.SimpleNamespace(num_processes=2, is_main_process=True)
+    monkeypatch.setattr(d1, "processes", lambda: two)
+    assert sweep(tmp_path, 1) == 2 and "start the command several times" in capsys.readouterr().err and not ran
 
 
 @pytest.mark.parametrize("text,word", [
     ("lrr_rl: [1]", "did you mean --lr_rl"), ("mu: [1, two]", "two"), ("mu: {low: 1.5, high: 3}", "1.5"),
-    ("mu: {low: 1}", "range"), ("mu: {low: 4, high: 1}", "low"), ("mu: {low: 1, high: 4, log: 2}", "range"),
-    ("mu: {low: 1, high: 4, lag: true}", "range"), ("lr_rl: {low: 0, high: 1, log: true}", "log"), ("mu: 3", "list"),
-    ("mu: []", "list"), ("mu: [[1]]", "list"), ("mu: [null]", "list"), ("mu: [0]", "at least 1"), ("- mu", "a line"),
-    ("a: [", "space.yaml"), ("", "a line"), ("norm: {low: 1, high: 2}", "range"), ("norm: [batch]", "sequence"),
+    ("mu: {low: 1}", "high"), ("mu: {low: 4, high: 1}", "low"), ("mu: {low: 1, high: 4, lag: true}", "lag"),
+    ("lr_rl: {low: 0, high: 1, log: true}", "log"), ("mu: 3", "cannot be swept"), ("norm: token", "cannot be swept"),
+    ("mu: []", "cannot be swept"), ("mu: [[1]]", "[1]"), ("mu: [null]", "None"), ("mu: [0]", "at least 1"),
+    ("mu: {low: 0, high: 4}", "at least 1"), ("t_low: {low: 0.1, high: 2}", "--t_low"), ("- mu", "a line"),
+    ("a: [", "space.yaml"), ("", "a line"), ("norm: {low: 1, high: 2}", "sequence"), ("norm: [batch]", "sequence"),
     ("output_dir: [a, b]", "cannot be swept"), ("task: [count]", "cannot be swept"), ("mu: [true]", "--mu"),
     ("lr_rl: [.inf]", "finite"), ("use_lora: [maybe]", "--use_lora"), ("\x00", "space.yaml"),
 ])
-def test_a_bad_sweep_space_is_one_line(text, word, tmp_path, capsys, monkeypatch):
+def test_a_bad_sweep_space_is_one_line(text, word, tmp_path):
+    pytest.importorskip("optuna")
+    (tmp_path / "space.yaml").write_text(text)
+    with pytest.raises((d1.UserError, argparse.ArgumentError)) as error:
+        d1.read_space(str(tmp_path / "space.yaml"), {"task": ("sudoku", "test")})
+    assert word in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_bad_sweep_space_ends_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
     pytest.importorskip("optuna")
     monkeypatch.setattr(d1, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
-    assert sweep(tmp_path, 2, space=text) == 2
+    assert sweep(tmp_path, 2, space="mu: [1, two]") == 2
     error = capsys.readouterr().err
-    assert error.startswith("d1_full.py: error: ") and error.count("\n") == 1 and word in error, error
+    assert error.startswith("d1_full.py: error: ") and error.count("\n") == 1 and "space.yaml" in error
     assert not (tmp_path / "o").exists()
 
 
@@ -405,8 +448,7 @@ def test_a_bad_sweep_space_is_one_line(text, word, tmp_path, capsys, monkeypatch
     ("--task sudoku --sweep 2", "--sweep_space"), ("--task sudoku --sweep_space x.yaml", "--sweep N"),
     ("--task sudoku --sweep 2 --sweep_space none.yaml", "none.yaml"),
     ("--task table1 --sweep 2 --sweep_space x.yaml", "table1"),
-    ("--task sudoku --resume --sweep 2 --sweep_space x.yaml", "--resume"),
-    ("--task sudoku --skip_eval --sweep 2 --sweep_space x.yaml", "--skip_eval"),
+    ("--task sudoku --eval_only --sweep 2 --sweep_space x.yaml", "trains"),
     ("--task sudoku --sweep -1 --sweep_space x.yaml", "--sweep must"), ("--smoke --export hf --model x", "--task"),
 ])
 def test_flags_that_do_not_go_together(flags, word, tmp_path, capsys, monkeypatch):
