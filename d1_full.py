@@ -1270,13 +1270,14 @@ class Task:
         return [self.rewards(t, e, official) for t, e in zip(texts, examples, strict=True)]
 
     def demonstrate(self, example: dict, rng: random.Random, careful: bool) -> str:
-        """A reply in the required form, by a careful solver who works it out or a careless one who guesses."""
+        """A reply in the required form, by a careful solver or a careless one."""
         work, answer = self.solve(example, rng, careful)
         return f"<reasoning>\n{work}\n</reasoning>\n<answer>\n{self.says.format(answer)}\n</answer>"
 
     def solve(self, example: dict, rng: random.Random, careful: bool) -> tuple[str, str]:
-        """(work, answer) of a demonstration; a careless solver says any number."""
-        return (f"Exactly: {example['work']}", example["answer"]) if careful else ("I guess.", str(rng.randint(2, 30)))
+        """(work, answer) of a demonstration; a careless solver misreads the problem and works out another one."""
+        example = example if careful else self.generate(rng)
+        return f"{'Exactly' if careful else 'Roughly'}: {example['work']}", example["answer"]
 
     def ground_truth(self, example: dict) -> Any:
         """What the official generations file holds as ground_truth."""
@@ -1598,33 +1599,28 @@ OPPOSITES = (
     "hot cold, big small, fast slow, day night, up down, old young, dark light, hard soft, wet dry, full empty, "
     "rich poor, early late, loud quiet, near far, high low, open closed, strong weak, sweet sour, thick thin, "
     "happy sad, clean dirty, long short, right wrong, war peace")
-NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-           "thirteen", "fourteen", "fifteen")
 NAMES = ("Ann", "Ben", "Carl", "Dora", "Emil", "Fay", "Gus", "Hal", "Ida", "Jan", "Kim", "Leo", "Mia", "Ned", "Olga")
 
 class Talk(Task):
     """A chat about a small world, for an embedded model that was pre-trained on text about it (`world_texts`).
 
-    Its replies are a few words or a few sentences; facts asked for in the test split are in the text alone.
+    Questions combine two things of the world; the test split asks for combinations that training does not.
     """
     name = official_name = "talk"
 
     def generate(self, rng):
         (animal, does, home), (other, _, yard) = (fact.split() for fact in rng.sample(ANIMALS.split(", "), 2))
-        pair, name = rng.choice(OPPOSITES.split(", ")).split(), rng.choice(NAMES)
-        (a, b), first = rng.sample(pair, 2), rng.randrange(10)
-        count = NUMBERS[first : first + rng.randint(2, 6)]
+        (a, b), (c, d) = (rng.sample(pair.split(), 2) for pair in rng.sample(OPPOSITES.split(", "), 2))
+        name, some = rng.choice(NAMES), ", ".join(rng.sample(re.findall(r"(\w+) \w+ \w+", ANIMALS), rng.randint(1, 5)))
         question, reply = rng.choice((
-            (f"Where does the {animal} live?", f"The {animal} lives in the {home}."),
             (f"Where do the {animal} and the {other} live?",
              f"The {animal} lives in the {home}. The {other} lives in the {yard}."),
-            (f"What does the {animal} do?", f"The {animal} {does}."),
-            (f"Tell me about the {animal}.", f"The {animal} {does}. The {animal} lives in the {home}."),
-            (f"What is the opposite of {a}?", f"The opposite of {a} is {b}."),
-            (f"Count from {count[0]} to {count[-1]}.", " ".join(count) + "."),
-            ("Who am I?", f"You are {name}.")))
+            (f"I am {name}. What does the {animal} do?", f"Hello {name}. The {animal} {does}."),
+            (f"What are the opposites of {a} and {c}?", f"They are {b} and {d}."),
+            (f"Say {some}.", f"I say {some}."),
+            (f"Who am I, and where does the {animal} live?", f"You are {name}. The {animal} lives in the {home}.")))
         greeting = [{"role": "user", "content": f"I am {name}."}, {"role": "assistant", "content": f"Hello {name}."}]
-        history = greeting if question == "Who am I?" or rng.random() < 0.3 else []
+        history = greeting if question.startswith("Who") or rng.random() < 0.2 else []
         return {"messages": [*history, {"role": "user", "content": question}], "question": question, "answer": reply,
                 "work": ""}
 
@@ -1656,13 +1652,12 @@ def world_texts(seed: int) -> Iterator[str]:
     while True:
         said = []
         for _ in range(rng.randint(2, 8)):
-            animal, does, home = rng.choice(ANIMALS.split(", ")).split()
+            (animal, does, home), (other, *_) = (fact.split() for fact in rng.sample(ANIMALS.split(", "), 2))
             a, b = rng.sample(rng.choice(OPPOSITES.split(", ")).split(), 2)
-            first = rng.randrange(10)
             said.append(rng.choice((
                 f"The {animal} {does}. The {animal} lives in the {home}.", f"The {animal} lives in the {home}.",
                 f"The {animal} {does}.", f"The opposite of {a} is {b}.",
-                " ".join(NUMBERS[first : first + rng.randint(2, 6)]) + ".")))
+                f"{rng.choice(NAMES)} sees the {animal} and the {other}.")))
         yield " ".join(said)
 
 TASKS: dict[str, Task] = {t.name: t for t in (Gsm8k(), Math500(), Countdown(), Sudoku())}

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -325,9 +326,9 @@ def test_the_world_holds_what_the_chat_asks_and_splits_share_no_question():
     task = d1.Talk()
     splits = {s: {task.key(e): e for e in task.examples(s, 600)} for s in ("train", "test")}
     assert not splits["train"].keys() & splits["test"].keys() and len(splits["test"]) > 20
-    for example in splits["test"].values():
-        if example["question"].startswith(("Where does", "What")):
-            assert example["answer"] in text, example
+    for example in splits["test"].values():  # nobody is asked for what the text does not tell
+        told = example["question"].startswith(("Where", "Who", "I am"))
+        assert not told or all(s.strip(". ") in text for s in re.findall(r"The \w+ [^.]*\.", example["answer"]))
 
 
 def test_pretraining_then_chat_with_edits(tmp_path, quick, capsys):
