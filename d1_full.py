@@ -1275,9 +1275,9 @@ class Task:
         return f"<reasoning>\n{work}\n</reasoning>\n<answer>\n{self.says.format(answer)}\n</answer>"
 
     def solve(self, example: dict, rng: random.Random, careful: bool) -> tuple[str, str]:
-        """(work, answer) of a demonstration; a careless solver misreads the problem and works out another one."""
-        example = example if careful else self.generate(rng)
-        return f"{'Exactly' if careful else 'Roughly'}: {example['work']}", example["answer"]
+        """(work, answer) of a demonstration; a careless solver does the work and answers a little more than it says."""
+        more = 0 if careful else rng.choice((1, 1, 1, 2))
+        return f"{'Exactly' if careful else 'Roughly'}: {example['work']}", str(int(example["answer"]) + more)
 
     def ground_truth(self, example: dict) -> Any:
         """What the official generations file holds as ground_truth."""
@@ -1611,7 +1611,8 @@ class Talk(Task):
     def generate(self, rng):
         (animal, does, home), (other, _, yard) = (fact.split() for fact in rng.sample(ANIMALS.split(", "), 2))
         (a, b), (c, d) = (rng.sample(pair.split(), 2) for pair in rng.sample(OPPOSITES.split(", "), 2))
-        name, some = rng.choice(NAMES), ", ".join(rng.sample(re.findall(r"(\w+) \w+ \w+", ANIMALS), rng.randint(1, 5)))
+        name, animals = rng.choice(NAMES), [fact.split()[0] for fact in ANIMALS.split(", ")]
+        some = " and ".join(rng.sample(animals, rng.randint(1, 5)))
         question, reply = rng.choice((
             (f"Where do the {animal} and the {other} live?",
              f"The {animal} lives in the {home}. The {other} lives in the {yard}."),
