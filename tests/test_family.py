@@ -120,6 +120,23 @@ def test_a_block_is_looked_at_again_after_a_token_was_only_deleted():
     assert frames[-1].ids[0].tolist() == [1] + [3] * 8
 
 
+def test_edits_touch_committed_tokens_alone_and_leave_the_pace_of_the_others():
+    model, before = ToyModel(10, 8, seed=3), torch.tensor([[3, 4] + [MASK] * 8])
+    edited = 0
+    for frame in d1.diffuse_steps(model, before[:, :2], mask_id=MASK, gen_length=8, block_length=8, steps=4,
+                                  edit_rate=0.9):
+        assert torch.equal(frame.new, (before == MASK) & (frame.ids != MASK)) and frame.new.sum() == 2
+        assert torch.equal(frame.edited, (before != MASK) & (frame.ids != before))
+        before, edited = frame.ids, edited + frame.edited.sum()
+    assert edited > 0
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_a_mask_is_never_filled_with_the_delete_token(rate):
+    says_delete = Scripted(lambda ids: torch.full_like(ids, DEL))
+    assert not any((f.ids == DEL).any() for f in decode(says_delete, [[1, 2]], edit_rate=rate))
+
+
 def test_rows_are_edited_alone_or_in_company_alike():
     model = ToyModel(10, 8, seed=2)
     prompts = torch.tensor([[3, 4], [5, 6], [2, 2]])
