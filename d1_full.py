@@ -7,6 +7,7 @@ be read beside the paper: sections 3 to 6 are the mathematics and need torch alo
     python d1_full.py --task sudoku                 # both stages on the embedded model, offline
     python d1_full.py --model llada/llada-8b-instruct --use_lora --task sft_only
     python d1_full.py --model ./ckpt/sft --use_lora --task gsm8k
+    python d1_full.py --model ./ckpt/sft --task chat
 
 Map    2 settings · 3 forward process · 4 masked SFT loss · 5 one-step estimator · 6 diffu-GRPO · 7 block decoder ·
        8 models · 9 tokenizer · 10 tasks, rewards, grading · 11 the two stages · 12 evaluation, Table 1 ·
@@ -2723,9 +2724,8 @@ def slider_line(cfg: Settings) -> str:
     return (f"[steps {cfg.eval_steps or length // 2}, block {cfg.block_length}, length {length}, temp "
             f"{cfg.temperature:g}, {cfg.remasking}, edits {'on' if cfg.allow_edits else 'off'}] > ")
 
-UNTRAINED = ("{} is untrained and talks nonsense; to talk to a trained one: --task pretrain --model tiny-modernbert "
-             "--edit_rate 0.1, then --task sft_only --model ckpt/pretrain --edit_rate 0.1, then --task chat --model "
-             "ckpt/sft")
+UNTRAINED = ("{} is untrained and talks nonsense. To talk to a trained one: --task pretrain --model tiny-modernbert, "
+             "then --task sft_only --model ckpt/pretrain --steps_sft 1000, then --task chat --model ckpt/sft")
 
 def chat(cfg: Settings, screen: Screen) -> None:
     """Talk to a model until /quit, or Ctrl-C or Ctrl-D at the prompt; a line that begins with / moves a slider."""
