@@ -1336,8 +1336,8 @@ class Gsm8k(Task):
     name, official_name, hub, texts = "gsm8k", "gsm8k", "openai/gsm8k:main", ("question", "answer")
 
     def generate(self, rng):
-        bags, a = rng.random() < 0.5, rng.randint(1, 9)
-        b, c = (rng.randint(2, 4) if bags else rng.randint(1, 6) for _ in range(2))
+        bags, a = rng.random() < 0.3, rng.randint(1, 9)
+        b, c = (rng.randint(2, 5) if bags else rng.randint(1, 9) for _ in range(2))
         middle, total = (b * c, a + b * c) if bags else (a + b, a + b + c)
         bought = f"{b} bags of {c}" if bags else f"{b} more and buys {c} more"
         work = f"{b}*{c}={middle}\n{middle}+{a}={total}" if bags else f"{a}+{b}={middle}\n{middle}+{c}={total}"
