@@ -1,5 +1,6 @@
 """The rest of the family: BERT and ModernBERT, pre-training, chats, edits, ways of decoding, long text."""
 
+import copy
 import itertools
 import json
 import math
@@ -63,6 +64,38 @@ def test_visible_tokens_weigh_one_and_masked_ones_the_inverse_of_t():
     assert torch.allclose(loss, want / (~keep).sum(), rtol=1e-5)
 
 
+def test_sft_learns_edits_from_a_share_of_the_steps_on(tiny, quick, tmp_path, monkeypatch):
+    cfg = quick("sudoku", edit_rate=0.2, edit_start=0.5, steps_sft=8, bs_sft=6, sft_length=40, sft_extra=0)
+    model, tokenizer = copy.deepcopy(tiny[0]), copy.deepcopy(tiny[1])
+    d1.add_delete_token(model, tokenizer)
+    delete, size = tokenizer.convert_tokens_to_ids(d1.DELETE), len(tokenizer)
+    assert delete == len(tiny[1]) and model.get_output_embeddings().weight.shape[0] == size
+    rows = d1.sft_rows(cfg, tokenizer, [d1.TASKS["sudoku"]], d1.Screen())
+    stage = d1.MaskedSFT(model, tokenizer, rows, cfg, tmp_path)
+    shares = []
+    for stage.step in range(8):
+        shares.append(round(stage.spoilt(), 6))
+    assert shares == [0, 0, 0, 0, 0, 0.05, 0.1, 0.15]
+    asked = []
+    def look(layer, hidden, target, size):
+        asked.append(target)
+        return d1.token_losses(layer(hidden), target)
+    monkeypatch.setattr(d1, "chunked_losses", look)
+    loss, _ = stage.nelbo(rows[:6], ("a", "key"), spoilt=0.9)
+    g = d1.stream(cfg.seed, "a", "key")  # the same draws once more
+    d1.draw_uniform((2,), g, "cpu")
+    x0, keep = stage.collate(rows[:6], 40)
+    t = d1.sample_t(6, g)
+    shown, target, surplus = d1.corrupt(x0, keep, 0.9, delete, g)
+    xt, masked = d1.forward_process(shown, t, keep | surplus, tokenizer.mask_token_id, g)
+    assert torch.equal(asked[0], target[~keep]) and (asked[0] == delete).sum() > 5 and not masked[surplus].any()
+    logp = model(xt).logits.log_softmax(-1).gather(-1, target[..., None])[..., 0]
+    weight = torch.where(masked, (1 / t)[:, None], 1.0)
+    assert torch.allclose(loss, -(logp * weight)[~keep].sum() / (~keep).sum(), rtol=1e-5)
+    stage.nelbo(rows[:6], ("a", "key"))
+    assert len(asked[1]) < len(asked[0]) and not (asked[1] == delete).any()
+
+
 def test_noise_levels_keep_to_their_range():
     t = d1.sample_t(20000, rng(), low=0.5, high=0.75)
     assert 0.5 <= t.min() < 0.501 and 0.749 < t.max() < 0.75 and abs(t.mean() - 0.625) < 0.002
@@ -109,6 +142,15 @@ def test_a_surplus_token_is_deleted_and_what_follows_moves_up():
     assert frames[-1].ids[0].tolist() == TARGET.tolist()
     first = frames[0]
     assert first.ids[0].tolist() == [*TARGET[:9].tolist(), MASK]  # the canvas keeps its length
+
+
+def test_marks_move_up_with_their_tokens():
+    def says(ids):
+        return torch.where(ids == 8, DEL, 3)
+    first = decode(Scripted(says), [[1]], draft=torch.tensor([[8, 3]]), edit_rate=0.5, steps=2)[0]
+    assert first.ids[0, :5].tolist() == [1, 3, 3, 3, MASK]
+    assert first.new[0].tolist() == [False] * 2 + [True] * 2 + [False] * 5
+    assert ((first.logp != 0) == first.new).all()
 
 
 def test_a_block_is_looked_at_again_after_a_token_was_only_deleted():
