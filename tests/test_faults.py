@@ -145,7 +145,7 @@ def test_exported_weights_are_checked_and_an_index_stays_in_its_folder(tiny, tmp
 
 def test_changed_flags_are_refused_by_name_unless_allowed(tiny, quick, tmp_path, screen, capsys):
     stage_of("sft", quick, tiny, tmp_path).run(screen)
-    with pytest.raises(d1.UserError, match=r"--allow_changed, or the flags of then: --lr_sft 0\.0015"):
+    with pytest.raises(d1.UserError, match=r"--allow_changed, or the flags of then: --lr_sft=0\.0015"):
         d1.load_trainer(stage_of("sft", quick, tiny, tmp_path, lr_sft=0.1), screen)
     other = stage_of("sft", quick, tiny, tmp_path, lr_sft=0.1, allow_changed=True, keep=5)
     assert d1.load_trainer(other, screen)

@@ -118,7 +118,7 @@ def test_auto_resume_starts_then_resumes_and_gives_the_unbroken_run(tmp_path, mo
     assert run(*flags, "--resume", out=tmp_path / "parts") == 0  # the flag is no change of the run
     assert run(*flags, "--resume", out=tmp_path / "none") == 2  # and --resume stays strict
     assert run(*flags, "--auto_resume", "--seed", 5, out=tmp_path / "parts") == 2  # another run is not continued
-    assert "--seed 0" in capsys.readouterr().err
+    assert "--seed=0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("there", [False, True])
