@@ -387,6 +387,34 @@ def test_every_turn_of_the_assistant_is_a_row_that_ends_there(tiny):
         assert d1.chat_turns(tokenizer, bad, 50) == [([], 50)]
 
 
+def test_a_chat_that_the_template_refuses_is_a_malformed_row(tiny):
+    tokenizer = copy.deepcopy(tiny[1])
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    chat = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    assert d1.chat_turns(tokenizer, chat, 50) == [([], 50)]
+
+
+def test_a_window_knows_where_robertas_positions_begin():
+    from transformers import RobertaConfig, RobertaForMaskedLM
+    model = RobertaForMaskedLM(RobertaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                             intermediate_size=16, max_position_embeddings=34)).eval()
+    assert d1.context_of(model) == 32
+    out = d1.diffuse_decode(model, torch.tensor([[5, 6]]), mask_id=4, gen_length=48, block_length=8, context=32)
+    assert not (out == 4).any()
+
+
+def test_steps_that_are_given_go_before_the_ratio_and_random_weights_have_no_stages(tmp_path):
+    def settle(**flags):
+        return d1.settle({k: (v, "test") for k, v in {"task": "pretrain", "model": "tiny-bert", **flags}.items()})[0]
+    assert settle().data_ratio == 2 and settle(steps_sft=7).data_ratio == 0
+    assert settle(steps_sft=7, data_ratio=3.0).data_ratio == 3
+    (tmp_path / "d1_state.json").write_text('{"stages": ["sft"]}')
+    cfg = d1.Settings(model=str(tmp_path), from_scratch=False)
+    assert d1.stages_passed(cfg) == ["sft"]
+    cfg.from_scratch = True
+    assert d1.stages_passed(cfg) == []
+
+
 def test_the_world_holds_what_the_chat_asks_and_splits_share_no_question():
     text = " ".join(itertools.islice(d1.world_texts(0), 4000))
     task = d1.Talk()
