@@ -291,7 +291,7 @@ def small_bert(folder):
     """A folder in hub format with config and tokenizer of a small uncased BERT, and no weights."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import BertConfig, PreTrainedTokenizerFast
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz0123456789<>/+=*-.,?!'$",
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz0123456789<>/+=*-.,:?!'$",
               *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789"), "has", "apples", "how", "many"]
     core = Tokenizer(models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
     core.normalizer, core.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
