@@ -2417,7 +2417,7 @@ def whole_checkpoint(stage: Stage, screen: Screen) -> Path | None:
             return folder / name
         raise UserError(f"{folder / min(files)} is of another number of processes or sharding: launch as before")
     if saved:
-        raise UserError(f"no checkpoint of {stage.name} in {folder} is whole: run without --resume")
+        raise UserError(f"no checkpoint of {stage.name} in {folder} is whole: run without --resume or --auto_resume")
     return None
 
 def load_trainer(stage: Stage, screen: Screen) -> bool:

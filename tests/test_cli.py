@@ -220,7 +220,7 @@ def test_a_resumed_run_is_the_run_that_stopped(tmp_path, capsys):
     kept = (tmp_path / "sudoku" / "model.safetensors").read_bytes()
     assert run("--task", "sudoku", "--skip_eval", "--resume", "--seed", 9, "--lr_rl", 0.01, out=tmp_path) == 2
     error = capsys.readouterr().err
-    assert "--seed 0" in error and "--lr_rl 0.0002" in error and error.count("\n") == 1
+    assert "--seed=0" in error and "--lr_rl=0.0002" in error and error.count("\n") == 1
     assert (tmp_path / "sudoku" / "model.safetensors").read_bytes() == kept
 
 

@@ -149,7 +149,7 @@ def test_changed_flags_are_refused_by_name_unless_allowed(tiny, quick, tmp_path,
         d1.load_trainer(stage_of("sft", quick, tiny, tmp_path, lr_sft=0.1), screen)
     other = stage_of("sft", quick, tiny, tmp_path, lr_sft=0.1, allow_changed=True, keep=5)
     assert d1.load_trainer(other, screen)
-    assert "--lr_sft 0.0015" in capsys.readouterr().out
+    assert "--lr_sft=0.0015" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("step", [4, 8])
@@ -353,11 +353,12 @@ def test_the_objective_at_the_old_policy_and_its_bounds(rewards, seed, eps, beta
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from([(8, 8), (8, 4), (8, 2), (12, 4)]), st.integers(1, 20), st.sampled_from([0.0, 0.5, 1.5]),
-       st.sampled_from(["low_confidence", "random"]), st.one_of(st.none(), st.floats(0.0, 1.0)), st.booleans(),
+       st.sampled_from(d1.REMASKING), st.one_of(st.none(), st.floats(0.0, 1.0)), st.booleans(),
        st.integers(0, 99))
 def test_whatever_the_decoder_is_told_it_fills_every_position_once(
         size, steps, temperature, remasking, threshold, stop, seed):
     length, block = size
+    threshold = threshold if remasking == "low_confidence" else None
     prompt = torch.randint(1, 9, (3, 4), generator=torch.Generator().manual_seed(seed))
     frames = list(d1.diffuse_steps(
         ToyModel(4 + length, 9, seed), prompt, mask_id=MASK, gen_length=length, block_length=block, steps=steps,
