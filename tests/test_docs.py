@@ -1,6 +1,7 @@
 """Tables and body agree; the README's commands are commands."""
 
 import ast
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -66,6 +67,8 @@ def test_readme_commands_parse(command, monkeypatch):
     monkeypatch.setattr(d1, "resolve_checkpoint", lambda name: (name, name))  # a checkpoint comes from an earlier line
     monkeypatch.setattr(d1, "check_source", lambda source, kinds=(): source)
     monkeypatch.setattr(d1, "config_words", lambda path: [])
+    here = importlib.util.find_spec("torch")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: here)  # optional packages
     cfg, _ = d1.settle(d1.read_flags(shlex.split(command)[2:]))
     assert cfg.task or cfg.export
 

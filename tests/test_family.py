@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from conftest import MASK, ToyModel
+from test_faults import stop_at
 
 import d1_full as d1
 
@@ -423,6 +424,25 @@ def test_the_world_holds_what_the_chat_asks_and_splits_share_no_question():
     for example in splits["test"].values():  # nobody is asked for what the text does not tell
         told = example["question"].startswith(("Where", "Who", "I am"))
         assert not told or all(s.strip(". ") in text for s in re.findall(r"The \w+ [^.]*\.", example["answer"]))
+
+
+def test_pretraining_with_edits_that_stopped_and_resumed_is_the_unbroken_one(tiny, quick, tmp_path):
+    def stage(folder):
+        model, tokenizer = copy.deepcopy(tiny)
+        d1.add_delete_token(model, tokenizer)
+        cfg = quick("pretrain", steps_sft=6, sft_length=24, edit_rate=0.3, edit_start=0.2)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        rows = d1.pretraining_rows(cfg, tokenizer, d1.Screen())
+        return d1.Pretraining(model, tokenizer, rows, cfg, tmp_path / folder)
+    whole, part = stage("whole"), stage("part")
+    whole.run(d1.Screen())
+    stop_at(part, 3)
+    with pytest.raises(d1.Stopped, match="SIGTERM after pretrain step 3"):
+        part.run(d1.Screen())
+    last = stage("part")
+    assert d1.load_trainer(last, d1.Screen()) and last.step == 3
+    last.run(d1.Screen())
+    assert all(torch.equal(a, b) for a, b in zip(whole.params, last.params, strict=True))
 
 
 def test_pretraining_then_chat_with_edits(tmp_path, quick, capsys):
