@@ -309,6 +309,8 @@ def test_a_bert_from_scratch_writes_the_form_that_rewards_read(tmp_path):
     model, tokenizer = d1.load_model(small_bert(tmp_path / "bert"), device="cpu", from_scratch=True, seed=3)
     again, _ = d1.load_model(str(tmp_path / "bert"), device="cpu", from_scratch=True, seed=3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    other, _ = d1.load_model(str(tmp_path / "bert"), device="cpu", from_scratch=True, seed=4)
+    assert not torch.equal(next(model.parameters()), next(other.parameters()))
     reply = "<reasoning>\n3+4=7\n</reasoning>\n<answer>\n7\n</answer>"
     (text,) = d1.reply_texts(tokenizer, torch.tensor([tokenizer.encode(reply, add_special_tokens=False)]))
     rewards = d1.TASKS["gsm8k"].rewards(text, {"question": "", "answer": "7"})
