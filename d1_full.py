@@ -260,6 +260,15 @@ class Settings:
     def trains(self) -> bool:
         return bool(self.task) and self.task != "chat" and not self.eval_only
 
+    def reinforces(self) -> bool:
+        return self.task in RL_TASKS and not self.eval_only
+
+    def evaluates(self) -> bool:
+        return self.task != "pretrain" and (self.eval_only or not self.skip_eval)
+
+    def reply_length(self) -> int:
+        return self.max_length or self.gen_length
+
     def masks_shared_by(self) -> int:
         return 1 if self.preset == "official" else self.group
 
@@ -1316,8 +1325,8 @@ def check_source(data: str, kinds: Sequence[str] = ROW_FILES) -> str:
     """The data source as it is; UserError if it is neither a file of a known kind nor like a hub id."""
     known = Path(data).suffix in kinds
     if not (Path(data).is_file() if known or data.count("/") != 1 else not Path(data).exists()):
-        known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
-        raise UserError(f"no data file {data}: give a {known} file, or a hub id owner/name")
+        names = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+        raise UserError(f"no data file {data}: give a {names} file, or a hub id owner/name")
     return data
 
 def read_rows(data: str, split: str) -> list[dict]:
@@ -2186,11 +2195,10 @@ def evaluation_prompts(tokenizer, task: Task, examples: Sequence[dict], cfg: Set
 
 def decoding(tokenizer, cfg: Settings) -> dict[str, Any]:
     """Options of `diffuse_steps` that rollouts, evaluation and chat take from the settings alike."""
-    known = DELETE in tokenizer.get_vocab()
     return dict(mask_id=tokenizer.mask_token_id, eos_id=tokenizer.eos_token_id, stop_at_eos=True,
                 block_length=cfg.block_length, remasking=cfg.remasking, refresh=cfg.refresh,
                 edit_rate=cfg.edit_share * cfg.allow_edits,
-                delete_id=tokenizer.convert_tokens_to_ids(DELETE) if known else None)
+                delete_id=tokenizer.added_tokens_encoder.get(DELETE))
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts: list[list[int]], cfg: Settings, gen_length: int,
@@ -2319,14 +2327,13 @@ def is_whole(path: Path, digest: str) -> bool:
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Note Ctrl-C and SIGTERM in a list, so that a step can be finished and saved; a second one acts at once."""
-    came, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as under nohup
+    came, main = [], threading.current_thread() is threading.main_thread()  # no other may set handlers
+    before = {number: handler for number in (signal.SIGINT, signal.SIGTERM)
+              if main and (handler := signal.getsignal(number)) != signal.SIG_IGN}  # ignored under nohup
     def note(number, frame):
         came.append(number)
         signal.signal(number, before[number])
         print("d1_full.py: stops after this step and saves; the same signal again stops at once", file=sys.stderr)
-    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
-        before = {}
     try:
         for number in before:
             signal.signal(number, note)
@@ -2377,10 +2384,10 @@ def save_trainer(stage: Stage) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     finite = all(bool(torch.isfinite(w).all()) for w in weights)
     size, free = sum(4 * w.nbytes for w in weights), shutil.disk_usage(folder).free  # with AdamW's two, and the best
-    whole = gather_object([(finite, free >= size)])  # so that all processes stop, or none
-    if not all(finite for finite, _ in whole):  # never overwrite a good checkpoint with a broken one
+    states = gather_object([(finite, free >= size)])  # so that all processes stop, or none
+    if not all(finite for finite, _ in states):  # never overwrite a good checkpoint with a broken one
         raise NonFiniteLoss(f"{stage.name} step {stage.step}: the weights are no longer finite")
-    if not all(room for _, room in whole):
+    if not all(room for _, room in states):
         raise Stopped(f"{folder} has room for {free / 2**30:.2f} GiB, and a checkpoint may take {size / 2**30:.2f}; "
                       "what was saved before is kept: make room and --resume")
     optimizer["state"] = {i: {k: local(v) for k, v in of_p.items()} for i, of_p in optimizer["state"].items()}
@@ -2629,7 +2636,7 @@ def replies(model, tokenizer, prompts: list[list[int]], cfg: Settings, generator
     def stops(row: Tensor) -> bool:
         return stop in reply_texts(tokenizer, row[None])[0]
     frames = diffuse_steps(
-        model, ids, attention_mask=real, gen_length=cfg.max_length or cfg.gen_length, steps=cfg.eval_steps or None,
+        model, ids, attention_mask=real, gen_length=cfg.reply_length(), steps=cfg.eval_steps or None,
         temperature=cfg.temperature, threshold=cfg.threshold or None, context=context_of(model),
         stop=stops if stop else None, generator=generator, **decoding(tokenizer, cfg))
     if streamer:
@@ -2646,7 +2653,7 @@ def chat_prompt(tokenizer, cfg: Settings, history: list[dict], context: int) -> 
 
     The reply, or half of the context, keeps its room. Returns the ids and True = some of the chat is not seen.
     """
-    room, whole = context - min(cfg.max_length or cfg.gen_length, context // 2), len(history)
+    room, whole = context - min(cfg.reply_length(), context // 2), len(history)
     system = [{"role": "system", "content": cfg.system}] * bool(cfg.system)
     with refusing("the model's chat template does not take this chat"):
         while len(prompt := encode_prompt(tokenizer, system + history)) > room and len(history) > 1:
@@ -2710,7 +2717,7 @@ def show_reply(steps: Iterable[tuple[list[str], Frame]], plen: int, tokenizer, c
     from rich.console import Console, Group
     from rich.live import Live
     from rich.text import Text
-    text, note, began, blocks = "", "", time.monotonic(), (cfg.max_length or cfg.gen_length) // cfg.block_length
+    text, note, began, blocks = "", "", time.monotonic(), cfg.reply_length() // cfg.block_length
     console = Console(highlight=False)
     live = Live(console=console, refresh_per_second=20) if screen.live else contextlib.nullcontext()
     with live:
@@ -2732,7 +2739,7 @@ def show_reply(steps: Iterable[tuple[list[str], Frame]], plen: int, tokenizer, c
 
 def slider_line(cfg: Settings) -> str:
     """What stands before the user's line: where the sliders are."""
-    length = cfg.max_length or cfg.gen_length
+    length = cfg.reply_length()
     return (f"[steps {cfg.eval_steps or length // 2}, block {cfg.block_length}, length {length}, temp "
             f"{cfg.temperature:g}, {cfg.remasking}, edits {'on' if cfg.allow_edits else 'off'}] > ")
 
@@ -2799,7 +2806,7 @@ def serve(model, tokenizer, cfg: Settings) -> None:
     """The chat in a browser, on this machine's own address alone, until Ctrl-C."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # which would ask the network
     import gradio
-    length = cfg.max_length or cfg.gen_length
+    length = cfg.reply_length()
     gradio.ChatInterface(
         functools.partial(web_reply, model, tokenizer, cfg, gradio.Warning), title=f"d1: {cfg.model}",
         chatbot=gradio.Chatbot(render_markdown=False),  # as markdown, tags would be hidden
@@ -3182,11 +3189,9 @@ def stages_passed(cfg: Settings) -> list[str]:
 
 def load_data(cfg: Settings, tasks: list[Task], tokenizer, screen: Screen) -> tuple[dict[Task, dict], list]:
     """What a run works on: {task: {split: problems}} and the traces of stage 1, none if it has no stage 1."""
-    reinforces = cfg.task in RL_TASKS and not cfg.eval_only
-    evaluates = cfg.task != "pretrain" and (cfg.eval_only or not cfg.skip_eval)
-    names = ("train", "heldout", "test") if reinforces else ("test",) * evaluates
+    names = ("train", "heldout", "test") if cfg.reinforces() else ("test",) * cfg.evaluates()
     splits = {task: {name: problems_of(cfg, task, name) for name in names} for task in tasks}
-    taught = reinforces and (cfg.skip_sft or "sft" in stages_passed(cfg))
+    taught = cfg.reinforces() and (cfg.skip_sft or "sft" in stages_passed(cfg))
     return splits, [] if cfg.eval_only or taught else sft_rows(cfg, tokenizer, tasks, screen)
 
 def run_stages(cfg: Settings, screen: Screen, out: Path, before: bool = True) -> list[dict]:
@@ -3196,8 +3201,7 @@ def run_stages(cfg: Settings, screen: Screen, out: Path, before: bool = True) ->
     model, tokenizer = open_model(cfg, screen)
     cfg = with_data_ratio(cfg, sum(p.numel() for p in model.parameters()))
     stages = stages_passed(cfg)
-    reinforces = cfg.task in RL_TASKS and not cfg.eval_only
-    evaluates = cfg.task != "pretrain" and (cfg.eval_only or not cfg.skip_eval)
+    evaluates = cfg.evaluates()
     splits, traces = load_data(cfg, tasks, tokenizer, screen)
     _lock = prepare_folder(cfg, out, screen)  # held as long as this function runs
     def look() -> list[dict]:
@@ -3215,7 +3219,7 @@ def run_stages(cfg: Settings, screen: Screen, out: Path, before: bool = True) ->
         stage = Pretraining if cfg.task == "pretrain" else MaskedSFT
         stages = [s for s in stages if s == "pretrain" != stage.name] + [stage.name]
         run_stage(stage(model, tokenizer, traces, cfg, out), stages, cfg, screen)
-    if not reinforces:
+    if not cfg.reinforces():
         return look() if evaluates else []
     entries, task, split = look() if before and evaluates else [], tasks[0], splits[tasks[0]]
     stages = [s for s in stages if s != "diffu_grpo"] + ["diffu_grpo"]
