@@ -17,10 +17,10 @@ Sizes  B rows, G completions a prompt (group), P prompt, C completion, L = P + C
        V vocabulary, N selected positions. A bool tensor is named for what True means.
 
 Symbols  x0 clean ids, xt noised ids, t noise level, q prompt, q' prompt with tokens hidden, o completion, logp,
-       logp_old, logp_ref log phi under the policy, the one that drew the batch and the frozen reference; A advantage,
-       rho ratio, eps clip, beta KL weight, mu inner updates. alpha_t = 1 - t: a token is masked with probability t.
+       logp_old, logp_ref log φ under the policy, the one that drew the batch and the frozen reference; A advantage,
+       ρ ratio, ε clip, β KL weight, μ inner updates. α_t = 1 - t: a token is masked with probability t.
 
-Equations
+Equations, each in the docstring of its function (python d1_full.py --explain eq4 prints it with the code)
     d1 Eq. (1), Sec. 2      masked_nelbo         bound on the negative log-likelihood
     d1 Sec. 3.1             one_step_logp        log-probabilities from one forward pass
     d1 Eq. (2), Sec. 2      group_advantages     advantage over the group
@@ -29,27 +29,27 @@ Equations
     d1 Algorithm 1, Sec. 3.2    DiffuGRPO        rollouts and mu inner updates
     d1 Algorithm 2, Sec. 3.3    MaskedSFT        masked supervised fine-tuning
 
-Deviations: where paper, official code (dllm-reasoning/d1 at 837888f) and this file differ; each
-tag stands at its line below. --preset official switches to theirs where a switch makes sense.
-    D1   loss mean: paper within a completion, then over them; official over all tokens; a switch
-    D2   mu distinct q' a prompt, shared by its group; official one a completion, half met twice
-    D3   private random streams; official reseeds the global ones at every estimate
-    D4   left padding is masked in attention; official attends to it
-    D5   Gumbel noise in float64; official draws it in bf16 while training
-    D6   no dropout in stage 2, so the first ratio is exactly 1; official leaves LoRA dropout on
-    D7   LoRA on every linear layer found in the model; official's names match some only
-    D8   the reference is the frozen start of stage 2; official's sync does nothing under LoRA
-    D9   old and reference passes hold --logits_gib of logits; official those of all mu masks
-    D10  format patterns match work of several lines; official's cannot
-    D11  Countdown: .1 needs the right numbers, exact bounded parser; official pays all, calls eval
-    D12  MATH's boxed bonus fires; official looks for a mistyped string
-    D13  one prompt builder for SFT, RL and evaluation; official tests with another prompt
-    D14  numbers such as 1,234 are read; official's GSM8K parser fails on them
-    D15  sudoku: solved puzzles and cells, no grid in two splits; official cells alone
-    D16  the border of prompt and reply is exact; official's is one header too late
-    D17  the mask token is never drawn; official may leave masks in the reply
-    D18  best checkpoint chosen on held-out training data; official on the test set
-    D19  LoRA adapters stay fp32; official's are bf16
+Deviations: here · in the official code (dllm-reasoning/d1 at 837888f). D1, D2, D7 and D12 are the paper's way, the others
+ours. Each tag stands at its line below. --preset official switches to theirs where a switch makes sense.
+    D1   loss: mean within a completion, then over completions (--norm) · one mean over all tokens
+    D2   mu different q' a prompt, shared by its group · one a completion; half of them are met twice
+    D3   private random streams, keyed by purpose and index · reseeds the global ones at every estimate
+    D4   left padding is masked, so a prompt alone or in a batch has the same reply · attends to it
+    D5   Gumbel noise in float64 · in bf16 while training
+    D6   no dropout in stage 2, so the first ratio is exactly 1 · LoRA dropout in every pass
+    D7   LoRA on every linear layer of the model's blocks; no match is an error · skips names that LLaDA lacks
+    D8   the reference is the frozen start of stage 2 · a sync that does nothing under LoRA
+    D9   old and reference passes hold --logits_gib of logits · those of all mu masks at once
+    D10  format patterns match work of several lines · they cannot
+    D11  Countdown's .1 needs the right numbers; exact, bounded parser · .1 for any answer; calls eval
+    D12  MATH's boxed bonus fires · it looks for a mistyped string and never does
+    D13  one prompt builder for SFT, RL and evaluation · evaluation has a prompt of its own
+    D14  numbers such as 1,234 are read; both verdicts are reported · its GSM8K parser fails on them
+    D15  sudoku by solved puzzles and cells, no grid in two splits · cells alone; test grids are in training
+    D16  the border of prompt and reply is exact · it is one header late
+    D17  the mask token is never drawn · a predicted one stays in the reply
+    D18  the best checkpoint is chosen on held-out training problems · on the test set
+    D19  LoRA adapters stay fp32 · bf16
 """
 
 # %% 1. Imports — the standard library and torch; heavier libraries are imported where they are used
@@ -162,6 +162,8 @@ class Settings:
                      "sft_only and pretrain by held-out loss; as --skip_eval; several commands may share them", low=0)
     sweep_space: str = opt("", "YAML file, a setting a line: a list of choices, or {low: , high: , log: true}")
     debug: bool = opt(False, "show the traceback of an error")
+    explain: str = opt("", "print an equation or a deviation with its docstring and code, by its tag, such as eq4 or "
+                       "D16, and stop; alone: list the tags")
     # the model
     use_lora: bool = opt(False, "train LoRA adapters instead of all weights")
     lora_targets: str = opt("all", "layers to adapt: all = every linear of the blocks, or names [D7]", "App. D",
@@ -288,8 +290,11 @@ def sample_t(n: int, generator: Generator, device=None, low: float = 1e-3, high:
 def forward_process(x0: Tensor, t: Tensor, keep: Tensor, mask_id: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """Draw x_t ~ q(x_t | x_0): each token becomes [MASK] with probability t, on its own.
 
-    x0 (B, L) int64 token ids; t (B,) in (0, 1]; keep (B, L) True = never masked (the prompt).
-    Returns xt (B, L) and masked (B, L) bool. Draws B*L uniforms from `generator` alone.
+        q(x_t^k | x_0^k) = α_t 1[x_t^k = x_0^k] + (1 - α_t) 1[x_t^k = mask],    α_t = 1 - t
+
+    x0 (B, L) int64 token ids; t (B,) noise levels in (0, 1]; keep (B, L) True = never masked (the prompt).
+    Returns xt (B, L) int64 and masked (B, L) bool, True = hidden. Draws B*L uniforms from `generator` alone.
+    AssertionError if the shapes do not fit. Source: Sec. 2 of the paper; LLaDA (arXiv 2502.09992).
     """
     assert x0.ndim == 2 and t.shape == x0.shape[:1] and keep.shape == x0.shape
     u = draw_uniform(x0.shape, generator, x0.device)  # (B, L)
@@ -317,12 +322,12 @@ Metrics = dict[str, Tensor]  # figures to log, by name
 def masked_nelbo(logits: Tensor, x0: Tensor, masked: Tensor, t: Tensor, keep: Tensor) -> tuple[Tensor, Metrics]:
     """Upper bound on -log p(x0 | prompt) per reply token, in nats.   d1 Eq. (1), Sec. 2
 
-        L(theta) = - E_{t ~ U(0,1), x_t ~ q} [ 1/t  sum_k 1[x_t^k = mask] log p_theta(x_0^k | x_t) ]
+        L(θ) = - E_{t ~ U(0,1), x_t ~ q} [ 1/t  Σ_k 1[x_t^k = mask] log p_θ(x_0^k | x_t) ]
 
-    logits (B, L, V) of p_theta(. | x_t); x0 (B, L); masked (B, L) True where x_t is [MASK]; t (B,);
-    keep (B, L) True = prompt. The sum is divided by the number of tokens with keep False, EOS
-    padding included, as the official SFT trainer does. Returns (loss, metrics): "ce", the mean
-    cross-entropy of the masked tokens, and "accuracy", the share of them whose argmax is right.
+    logits (B, L, V) of p_θ(. | x_t); x0 (B, L) int64; masked (B, L) True where x_t is [MASK]; t (B,) in (0, 1];
+    keep (B, L) True = prompt. The sum is divided by the number of tokens with keep False, EOS padding included, as
+    in the official SFT trainer. Returns (loss, metrics): "ce", the mean cross-entropy of the masked tokens in nats,
+    and "accuracy", the share of them whose argmax is right. Draws nothing. AssertionError if the shapes do not fit.
     """
     assert logits.shape[:2] == x0.shape == masked.shape == keep.shape and t.shape == x0.shape[:1]
     return weighted_nelbo(*token_losses(logits[masked], x0[masked]), masked, t, keep)
@@ -404,13 +409,14 @@ def one_step_logp(model, prompt: Tensor, completion: Tensor, hide: Tensor, mask_
                   attention_mask: Tensor | None = None, cfg_scale: float = 0.0, live: Tensor | None = None) -> Tensor:
     """log phi(o^k | q') for every completion token from one forward pass.   d1 Sec. 3.1
 
-        phi(o^k | q') = p_theta(o^k | q' + M...M),   q' = the prompt with `hide` masked,
-        log pi(o | q) ~ sum_k log phi(o^k | q')      (mean-field: the tokens given q' independent)
+        φ(o^k | q') = p_θ(o^k | q' + M...M),      q' = the prompt with `hide` masked,
+        log π(o | q) ≈ Σ_k log φ(o^k | q')        (mean-field: the tokens independent, given q')
 
     prompt (B, P), left-padded; completion (B, C); hide (B, P) True = masked in q';
     attention_mask (B, P) or (B, P+C) True = real token, None = all; live (B, C) True = asked for (the others get 0),
     None = all. Returns (B, C) float32, in nats. Exact for one-token completions with nothing hidden; biased otherwise,
     since token k sees none of the other tokens. Draws nothing: old, ref and new share a mask by sharing `hide` [D3].
+    AssertionError if the shapes do not fit.
     """
     assert hide.shape == prompt.shape and len(completion) == len(prompt)
     (rows, plen), clen = prompt.shape, completion.shape[1]
@@ -442,9 +448,10 @@ def one_step_logps(model, prompt: Tensor, completion: Tensor, hide: Tensor, mask
 def group_advantages(rewards: Tensor, group: int) -> Tensor:
     """Advantage of each completion over its group.   d1 Eq. (2), Sec. 2
 
-        A_i = r_i - mean(r_1, ..., r_G)              (no division by the standard deviation)
+        A_i = r_i - mean(r_1, ..., r_G)               (no division by the standard deviation)
 
-    rewards (B,), the G completions of a prompt adjacent, B a multiple of G. Returns (B,) float32.
+    rewards (B,), the G completions of a prompt adjacent. Returns (B,) float32, in the rewards' unit.
+    ValueError if B is no multiple of G.
     """
     if len(rewards) % group:
         raise ValueError(f"{len(rewards)} rewards cannot be split into groups of {group}")
@@ -452,16 +459,17 @@ def group_advantages(rewards: Tensor, group: int) -> Tensor:
     return (r - r.mean(1, keepdim=True)).flatten()
 
 def live_tokens(completion: Tensor, eos_id: int) -> Tensor:
-    """True up to and with the first EOS; what follows it is padding. (B, C) -> (B, C) bool."""
+    """True up to and with the first EOS; what follows is padding. completion (B, C) int64 -> (B, C) bool."""
     ended = (completion == eos_id).long().cumsum(1)  # (B, C) EOS seen so far, this token included
     return (ended - (completion == eos_id).long()) == 0
 
 def token_objective(logp: Tensor, logp_old: Tensor | None, advantages: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The clipped surrogate of one token, as in GRPO.   d1 Eq. (3), Sec. 2
 
-        min( rho A, clip(rho, 1-eps, 1+eps) A ),     rho = pi_theta(o^k) / pi_old(o^k)
+        min( ρ A, clip(ρ, 1-ε, 1+ε) A ),     ρ = π_θ(o^k) / π_old(o^k)
 
-    logp, logp_old (B, C); advantages (B,). Returns (B, C) the objective and (B, C) True = clipped.
+    logp, logp_old (B, C) in nats, logp_old None = logp itself: ρ is 1, with gradient; advantages (B,).
+    Returns (B, C) the objective and (B, C) True = clipped.
     """
     old = logp.detach() if logp_old is None else logp_old
     rho = (logp - old).exp()  # (B, C)
@@ -473,14 +481,14 @@ def diffu_grpo_loss(logp: Tensor, logp_old: Tensor | None, logp_ref: Tensor | No
                     *, eps: float = 0.5, beta: float = 0.04, norm: str = "sequence") -> tuple[Tensor, Metrics]:
     """The diffu-GRPO objective, negated: minimise it.   d1 Eq. (4), Sec. 3.2
 
-        J(theta) = E[ 1/G sum_i 1/|o_i| sum_k min( rho_i^k A_i, clip(rho_i^k, 1-eps, 1+eps) A_i ) ]
-                   - beta KL(phi_theta || phi_ref),
-        rho_i^k = phi_theta(o_i^k | q') / phi_old(o_i^k | q'),
-        KL ~ exp(d) - d - 1 >= 0,  d = log phi_ref - log phi_theta     (k3, on the same q')
+        J(θ) = E[ 1/G Σ_i 1/|o_i| Σ_k min( ρ_i^k A_i, clip(ρ_i^k, 1-ε, 1+ε) A_i ) ] - β KL(φ_θ || φ_ref),
+        ρ_i^k = φ_θ(o_i^k | q') / φ_old(o_i^k | q'),
+        KL ≈ exp(d) - d - 1 ≥ 0,   d = log φ_ref - log φ_θ      (k3, a token, on the same q')
 
-    logp, logp_old, logp_ref (B, C) from `one_step_logp` on the same q'; advantages (B,);
-    live (B, C) bool. logp_old None: rho is 1 with gradient. logp_ref None or beta 0: no KL term.
-    Returns (loss, {"kl", "clip_frac", "ratio_max"}), the metrics over live tokens.
+    logp, logp_old, logp_ref (B, C) in nats, from `one_step_logp` on the same q'; advantages (B,); live (B, C) True =
+    counts. logp_old None: ρ is 1, with gradient. logp_ref None or beta 0: no KL term. norm "sequence" is the formula's
+    mean within a completion first, "token" one mean over all live tokens. Returns (loss, metrics): "kl" in nats a
+    token, "clip_frac", "ratio_max", over live tokens. Draws nothing. ValueError on another norm.
     """
     assert logp.shape == live.shape and advantages.shape == logp.shape[:1]
     gain, clipped = token_objective(logp, logp_old, advantages, eps)  # (B, C) each
@@ -657,17 +665,24 @@ def diffuse_steps(model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor
                   context: int | None = None, generator=None) -> Iterator[Frame]:
     """Denoise block by block, left to right; yield one Frame per step. No autograd, no printing.
 
+        each step: x̂^k ~ p_θ(x^k | x)^(1/T) for the block's masked k;  the n // s of highest p_θ(x̂^k | x) are committed
+
     prompt (B, P), left-padded; attention_mask (B, P) True = real token: a prompt alone or in a padded batch gives the
-    same tokens [D4]. steps None = gen_length/2, two tokens a step; n masked tokens over s steps are n // s each and
-    one more in the first n % s. temperature 0 is greedy. remasking says which tokens a step commits: the likeliest, any
-    ("random"), or each with the reverse process's probability ("ancestral"). With stop_at_eos a row leaves the batch
-    once a finished block of it holds EOS and the rest becomes EOS, which changes nothing up to its first EOS; so it
-    does once stop(reply (C,)) is true after a block. edit_rate > 0: a step may replace this share of the block's
-    committed tokens, less from step to step, and delete those of which the model says delete_id (Seed Diffusion).
-    draft (B, <=C): a reply to start from. context: the model sees at most so many tokens, the last of them one block
-    after the one it writes; there padding does shift what a row sees. generator: one torch.Generator, from which a
-    seed a row is drawn, or a sequence of one a row.
-    Approximate, for speed: threshold commits every token above it, in fewer steps; cache, refresh as in `BlockCache`.
+    same tokens [D4]. `mask_id`, `eos_id`, `delete_id`: the ids of those tokens.
+    - steps: of the whole reply, None = gen_length/2, two tokens a step. n masked tokens over s steps are n // s each
+      and one more in the first n % s. temperature T 0 is greedy. cfg_scale: as in `guided_logits`.
+    - remasking: which tokens a step commits, the likeliest ("low_confidence"), any ("random"), or each with the reverse
+      process's probability ("ancestral").
+    - stop_at_eos: a row leaves the batch once a finished block of it holds EOS, and the rest becomes EOS, which changes
+      nothing up to its first EOS; so it does once stop(reply (C,)) is true after a block.
+    - edit_rate > 0: a step may replace this share of the block's committed tokens, less from step to step, and delete
+      those of which the model says delete_id (Seed Diffusion). draft (B, <=C): a reply to start from.
+    - context: the model sees at most so many tokens, the last of them one block after the one it writes; there padding
+      does shift what a row sees.
+    - Approximate, for speed: threshold commits every token above it, in fewer steps; cache, refresh as in `BlockCache`.
+
+    Draws from `generator` alone: one torch.Generator, from which a seed a row is taken, or a sequence of one a row.
+    ValueError on values that do not go together. Source: Sec. 4 of the paper, and LLaDA's generate.py.
     """
     (count, plen), blocks, total = prompt.shape, gen_length // max(block_length, 1), prompt.shape[1] + gen_length
     context = None if total <= (context or total) else context
@@ -720,7 +735,7 @@ def diffuse_steps(model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor
         yield Frame(torch.where(rest, eos_id, x), rest, blocks - 1, steps_per_block, no.float(), no)
 
 def diffuse_decode(model, prompt: Tensor, *, mask_id: int, **options) -> Tensor:
-    """Write a reply to each prompt: `diffuse_steps`, drained. Same options. Returns (B, P+C)."""
+    """Write a reply to each prompt: `diffuse_steps` to its end, with the same options. Returns ids (B, P+C)."""
     for frame in diffuse_steps(model, prompt, mask_id=mask_id, **options):
         ids = frame.ids
     return ids
@@ -2541,10 +2556,10 @@ class Screen:
         if self.bar:
             self.bar.stop()
 
-    def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A table; columns after the first are right-aligned."""
+    def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]], align="right") -> None:
+        """A table, and how its columns after the first are aligned."""
         from rich.table import Column, Table
-        columns = [Column(h, justify="right" if i else "left", no_wrap=True) for i, h in enumerate(header)]
+        columns = [Column(h, justify=align if i else "left", no_wrap=True) for i, h in enumerate(header)]
         table = Table(*columns, title=title, title_justify="left")
         for row in rows:
             table.add_row(*map(str, row))
@@ -2910,6 +2925,7 @@ def parse_words(words: Sequence[str] | None) -> dict[str, Any]:
         kind = dict(type=dict(int=int, float=float).get(f.type, str), metavar=f.type.upper())
         kind = dict(choices=m["choices"]) if m["choices"] else kind
         kind = dict(action=argparse.BooleanOptionalAction) if f.type == "bool" else kind
+        kind |= dict(nargs="?", const="tags") if f.name == "explain" else {}
         text = f"{m['help']}. Default: {default}. [{m['source']}]".replace("%", "%%")
         parser.add_argument(f"--{f.name}", help=text, **kind)
     known, unknown = parser.parse_known_args(words)
@@ -3439,7 +3455,7 @@ def bytes_per_token(config, r: int, checkpointing: bool) -> float:
 def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
     """Print every setting with where it came from, and what the run will need."""
     rows = [(f.name, getattr(cfg, f.name), origin[f.name], f.metadata["source"]) for f in dataclasses.fields(Settings)]
-    screen.table("Settings", ["setting", "value", "from", "source of the default"], rows)
+    screen.table("Settings", ["setting", "value", "from", "source of the default"], rows, "left")
     model = skeleton(cfg)
     config, tiny, trains = model.config, cfg.preset == "tiny", cfg.trains()
     sft, rl = trains and not (cfg.skip_sft and cfg.task in RL_TASKS), trains and cfg.task in (*RL_TASKS, "table1")
@@ -3482,9 +3498,82 @@ def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
     needs["disk: checkpoints and weights"] = f"{disk / 2**30:.3f} GiB"
     screen.table("What the run needs", ["quantity", "value"], needs.items())
 
+def tag_key(text: str) -> str:
+    """eq4 of "Eq. (4), Sec. 3.2", sec3.1 of "Sec. 3.1", alg1 of "Algorithm 1", d7 of "[D7]"."""
+    return re.sub(r"(?<!\d)\.|[^a-z\d.]", "", text.partition(",")[0].lower().replace("algorithm", "alg"))
+
+def tag_tables() -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
+    """The head's tables by tag: equations (place in the paper, function, what it is); deviations (here, official)."""
+    equations = re.findall(r"^    d1 (\S.*?)  +(\w+)  +(.*)$", __doc__, re.MULTILINE)
+    deviations = re.findall(r"^    (D\d+)  +(.*?) · (.*)$", __doc__, re.MULTILINE)
+    return {tag_key(row[0]): row for row in equations}, {tag_key(tag): row for tag, *row in deviations}
+
+def definitions(source: str) -> dict[str, Any]:
+    """The syntax trees of the functions, classes and methods (Class.method) of this file, by name, in their order."""
+    nodes = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    inner = [(f"{n.name}." * (m is not n) + m.name, m) for n in nodes for m in (n, *n.body) if hasattr(m, "name")]
+    return dict(inner)
+
+def places_of(tag: str, source: str) -> dict[int, str]:
+    """The lines where a deviation's tag stands, each with the function or class around it."""
+    nodes = definitions(source).items()
+    return {n: [name for name, d in nodes if d.lineno <= n <= d.end_lineno][-1]
+            for n, line in enumerate(source.splitlines(), 1) if f"[{tag.upper()}]" in line}
+
+def code_of(tag: str, source: str) -> tuple[list[str], list[str]]:
+    """The functions that make an equation, and the other tags whose functions they call."""
+    nodes, equations = definitions(source), tag_tables()[0]
+    name, by_name = equations[tag][1], {row[1]: other for other, row in equations.items()}
+    steps = [n for n, d in nodes.items() if n.startswith(f"{name}.") and "Algorithm" in (ast.get_docstring(d) or "")]
+    parts = steps or [name]
+    calls = [c.func for part in parts for c in ast.walk(nodes[part]) if isinstance(c, ast.Call)]
+    called = list(dict.fromkeys(f.id for f in calls if isinstance(f, ast.Name)))
+    first, last = (source[: source.index(f"# %% {n}.")].count("\n") for n in (3, 7))  # the mathematics
+    own = [c for c in called if c in nodes and first < nodes[c].lineno < last and c not in by_name]
+    return parts + own, [by_name[c] for c in called if c in by_name]
+
+def explain(tag: str, screen: Screen) -> None:
+    """--explain: a formula of the paper or a deviation, with its code. UserError if the tag is none."""
+    from rich.syntax import Syntax
+    (equations, deviations), source = tag_tables(), Path(__file__).read_text(encoding="utf-8")
+    key, nodes = tag_key(tag), definitions(source)
+    def show(first: int, last: int) -> None:
+        lines = Syntax(source, "python", line_numbers=True, line_range=(first, last), theme="ansi_dark")
+        screen.console.print(lines)
+    def note(deviation: str) -> None:
+        screen.say("[{}] here: {}\n     official code: {}".format(deviation.upper(), *deviations[deviation]))
+    if key == "tags":
+        screen.table("Equations", ["tag", "paper", "function", "what"], [(k, *v) for k, v in equations.items()], "left")
+        rows = [(k.upper(), *v) for k, v in deviations.items()]
+        return screen.table("Deviations", ["tag", "here", "official code"], rows, "left")
+    if key in deviations:
+        note(key)
+        for n, where in places_of(key, source).items():
+            screen.say(f"\n{where}, line {n}:")
+            show(n, min(n + 9, nodes[where].end_lineno))
+    elif key in equations:
+        place, name, what = equations[key]
+        parts, others = code_of(key, source)
+        screen.say(f"{place}: {what}; {name}, line {nodes[name].lineno}\n\n{ast.get_docstring(nodes[name])}")
+        for part in parts:
+            text = nodes[part].body[0]  # the docstring, which is above
+            screen.say(f"\n{part}:")
+            show(nodes[part].lineno, text.lineno - 1 if part == name else text.end_lineno)
+            show(text.end_lineno + 1, nodes[part].end_lineno)
+        screen.say("")
+        for other in others:
+            screen.say(f"calls {equations[other][1]}: --explain {other}")
+        for deviation in deviations:
+            if any(where.startswith(name) for where in places_of(deviation, source).values()):
+                note(deviation)
+    else:
+        raise UserError(f"--explain {tag}: the tags are {', '.join([*equations, *deviations])}")
+
 def run(argv: Sequence[str] | None) -> None:
     """Do what the command line says and show the results."""
     given = read_flags(argv)
+    if "explain" in given:
+        return explain(given["explain"][0], Screen())
     cfg, origin = settle(given)
     screen = Screen()
     if cfg.dry_run:
