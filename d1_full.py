@@ -10,11 +10,11 @@ be read beside the paper: sections 3 to 6 are the mathematics and need torch alo
     python d1_full.py --model ./ckpt/sft --task chat
 
 Map    2 settings · 3 forward process · 4 masked SFT loss · 5 one-step estimator · 6 diffu-GRPO · 7 block decoder ·
-       8 models · 9 tokenizer · 10 tasks, rewards, grading · 11 the two stages · 12 evaluation, Table 1 ·
+       8 models · 9 tokenizer · 10 tasks, rewards, grading, data · 11 the two stages · 12 evaluation, Table 1 ·
        13 checkpoints · 14 screen · 15 chat, streaming and pipeline · 16 main
 
-Sizes  B rows, G completions a prompt (group), P prompt, C completion, L = P + C, K block,
-       V vocabulary, N selected positions. A bool tensor is named for what True means.
+Sizes  B rows, G completions a prompt (group), P prompt, C completion, L = P + C, K block, M prompt masks,
+       V vocabulary, D hidden width, N selected positions, U different rows. A bool tensor is named for what True means.
 
 Symbols  x0 clean ids, xt noised ids, t noise level, q prompt, q' prompt with tokens hidden, o completion, logp,
        logp_old, logp_ref log φ under the policy, the one that drew the batch and the frozen reference; A advantage,
@@ -29,8 +29,8 @@ Equations, each in the docstring of its function (python d1_full.py --explain eq
     d1 Algorithm 1, Sec. 3.2    DiffuGRPO        rollouts and mu inner updates
     d1 Algorithm 2, Sec. 3.3    MaskedSFT        masked supervised fine-tuning
 
-Deviations: here · in the official code (dllm-reasoning/d1 at 837888f). D1, D2, D7 and D12 are the paper's way, the others
-ours. Each tag stands at its line below. --preset official switches to theirs where a switch makes sense.
+Deviations: here · in the official code (dllm-reasoning/d1 at 837888f). D1, D2, D7 and D12 are the paper's way, the
+others ours. Each tag stands at its line below. --preset official switches to theirs where a switch makes sense.
     D1   loss: mean within a completion, then over completions (--norm) · one mean over all tokens
     D2   mu different q' a prompt, shared by its group · one a completion; half of them are met twice
     D3   private random streams, keyed by purpose and index · reseeds the global ones at every estimate
@@ -114,6 +114,21 @@ class Stopped(RuntimeError):
 class NonFiniteLoss(Stopped):
     """Losses or gradients were NaN or infinite; the message names the step and the batch."""
 
+@contextlib.contextmanager
+def refusing(what: str, error: type = UserError):
+    """Turn a library's complaint about a file into an error of ours: `what`, then its words."""
+    try:
+        yield
+    except (UserError, Stopped):
+        raise
+    except (Exception, SystemExit) as e:  # libraries, and a user's file, raise what they like
+        raise error(f"{what}: {' '.join(str(e).split())[:300]} ({type(e).__name__})") from e
+
+def read_json(path: Path) -> dict:
+    """A JSON file's content, {} if there is no such file."""
+    with refusing(f"cannot read {path}"):
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
 def opt(paper, help, source="ours", *, official=None, tiny=None, choices=(), low=None, high=None):
     """Declare a setting. A default may be a dict by task, "*" for the rest; None = as the paper."""
     columns = {k: paper if v is None else v for k, v in dict(paper=paper, official=official, tiny=tiny).items()}
@@ -180,7 +195,7 @@ class Settings:
     grad_checkpoint: bool = opt(False, "gradient checkpointing: less memory, a third more time")
     export: str = opt("", "also write the model whole: hf, merged for transformers, llada for LLaDA's own code; "
                       "without --task: convert --model into --output_dir", choices=("hf", "merged", "llada"))
-    threads: int = opt(0, "CPU threads; 0 = one per core, at most 8", low=0)
+    threads: int = opt(0, "CPU threads; 0 = as torch chooses, at most 8", low=0)
     # stage 1: masked SFT
     steps_sft: int = opt(2460, "SFT updates", "20 epochs", tiny={"sft_only": 6000, "count": 2500, "*": 5500}, low=0)
     bs_sft: int = opt(8, "rows per SFT update, over all processes", "App. D.2", tiny=32, low=1)
@@ -190,24 +205,26 @@ class Settings:
     warmup_sft: int = opt({"pretrain": 2000, "*": 0}, "steps of linear warm-up", "App. D.2; pretrain: LLaDA", tiny=100,
                           low=0)
     wd_sft: float = opt(0.1, "AdamW weight decay", "App. D.2", low=0.0)
-    clip_sft: float = opt(1.0, "gradient norm limit", "App. D.2", low=0.0)
+    clip_sft: float = opt(1.0, "gradient norm limit; 0 = none", "App. D.2", low=0.0)
     sft_length: int = opt(4096, "rows are padded with EOS to it or cut; pretrain: packed", "App. D",
                           tiny={"count": 45, "pretrain": 128, "*": 53}, low=8)
     schedule: str = opt({"pretrain": "cosine", "*": "linear"}, "learning rate's way to 0", "App. D.2; pretrain: ours",
                         choices=("linear", "cosine"))
-    t_low: float = opt(1e-3, "noise levels t of SFT are drawn from here ...", "official", low=1e-6, high=1.0)
-    t_high: float = opt(1.0, "... to here; BERT reasoners take 0.5 to 1.0", "Eq. (1)", low=1e-6, high=1.0)
+    t_low: float = opt(1e-3, "lowest noise level t of SFT", "official", low=1e-6, high=1.0)
+    t_high: float = opt(1.0, "highest; BERT reasoners take t from 0.5 to 1.0", "Eq. (1)", low=1e-6, high=1.0)
     data_ratio: float = opt({"pretrain": 20.0, "*": 0.0}, "stop after so many tokens a parameter; 0 = --steps_sft",
                             "Chinchilla", tiny={"pretrain": 2.0, "*": 0.0}, low=0.0)
-    edit_rate: float = opt(0.0, "SFT and pretrain: share of visible tokens that is spoilt, to learn edits",
+    edit_rate: float = opt(0.0, "SFT and pretrain: share of visible tokens replaced, or preceded by a surplus one, "
+                           "to learn edits",
                            "Seed Diffusion", low=0.0, high=1.0)
-    edit_start: float = opt(0.8, "spoiling sets in after this share of the steps and grows to --edit_rate",
+    edit_start: float = opt(0.8, "that begins after this share of the steps, and grows to --edit_rate",
                             "Seed Diffusion", low=0.0, high=0.99)
     sft_extra: int = opt(0, "one SFT batch in five is up to this much longer, to know longer canvases",
                          tiny={"pretrain": 0, "*": 64}, low=0)
     n_traces: int = opt(8000, "generated traces a task in the tiny model's SFT corpus", low=1)
     # stage 2: diffu-GRPO
-    steps_rl: int = opt({"gsm8k": 7700, "math500": 6600, "sudoku": 3800, "*": 5000}, "steps", "d1#25", tiny=160, low=0)
+    steps_rl: int = opt({"gsm8k": 7700, "math500": 6600, "sudoku": 3800, "*": 5000}, "updates, mu a batch of rollouts",
+                        "d1 issue 25", tiny=160, low=0)
     group: int = opt(6, "G, completions drawn per prompt", "Sec. 4", tiny=8, low=2)
     bs_rl: int = opt(6, "completions per device and backward pass, a multiple of G", "App. D", tiny=64, low=2)
     grad_accum: int = opt(2, "backward passes per update", "App. D", tiny=1, low=1)
@@ -219,7 +236,7 @@ class Settings:
                     official="token", choices=("sequence", "token"))
     lr_rl: float = opt(3e-6, "constant learning rate", "App. D", tiny=2e-4, low=0.0)
     wd_rl: float = opt(0.1, "AdamW weight decay", "App. D", low=0.0)
-    clip_rl: float = opt(0.2, "gradient norm limit", "App. D", low=0.0)
+    clip_rl: float = opt(0.2, "gradient norm limit; 0 = none", "App. D", low=0.0)
     temperature: float = opt({"sudoku": 0.3, "chat": 0.0, "*": 0.9}, "of rollouts and of chat", "App. D",
                              official={"chat": 0.0, "*": 0.9}, tiny={"chat": 0.0, "*": 0.9}, low=0.0)
     max_prompt: int = opt(200, "longest prompt; longer ones are cut on the left", "App. D", tiny=64, low=1)
@@ -242,12 +259,15 @@ class Settings:
     web: bool = opt(False, "chat in a browser on this machine, by gradio")
     cache: str = opt("none", "evaluation: keep keys and values over a block's steps; approximate", choices=CACHES)
     refresh: int = opt(0, "with a cache: compute all keys and values anew every so many steps; 0 = once a block", low=0)
-    threshold: float = opt(0.0, "evaluation: commit every token this sure, in fewer steps; 0 = off", low=0.0, high=1.0)
+    threshold: float = opt(0.0, "evaluation and chat: commit every token of a probability above it, in fewer "
+                           "steps; 0 = off", low=0.0, high=1.0)
     rollout_cache: str = opt("none", "--cache of rollouts, which are then off-policy", choices=CACHES)
-    limit: int = opt(0, "test problems, and held-out ones at most; 0 = all, 256 of count or generated ones", low=0)
+    limit: int = opt(0, "at most so many test problems, and held-out ones; 0 = all, or 256 of count or generated ones",
+                     low=0)
     bs_eval: int = opt(8, "rows decoded at once", tiny=128, low=1)
     save_steps: int = opt(100, "updates between checkpoints and held-out checks", "official train.yaml", tiny=40, low=1)
-    keep: int = opt(2, "checkpoints of a stage to keep; if the last is damaged, --resume takes the one before", low=1)
+    save_total_limit: int = opt(2, "checkpoints of a stage to keep; if the last is damaged, --resume takes the one "
+                                "before", low=1)
     max_skips: int = opt(3, "an update whose gradient is not finite is left out; stop at so many in a row", low=1)
 
     @classmethod
@@ -257,21 +277,27 @@ class Settings:
         return value.get(task, value.get("*")) if isinstance(value, dict) else value
 
     def lengths(self) -> list[int]:
+        """Those of evaluation, in tokens."""
         return [int(n) for n in str(self.eval_lengths).split(",")]
 
     def trains(self) -> bool:
+        """Whether any weights change."""
         return bool(self.task) and self.task != "chat" and not self.eval_only
 
     def reinforces(self) -> bool:
+        """Whether there is a stage 2."""
         return self.task in RL_TASKS and not self.eval_only
 
     def evaluates(self) -> bool:
+        """Whether eval.json is written."""
         return self.task != "pretrain" and (self.eval_only or not self.skip_eval)
 
     def reply_length(self) -> int:
+        """Tokens that a chat's reply may take."""
         return self.max_length or self.gen_length
 
     def masks_shared_by(self) -> int:
+        """How many completions of a prompt share a prompt mask [D2]."""
         return 1 if self.preset == "official" else self.group
 
     def logits_held(self, config) -> int:
@@ -328,21 +354,23 @@ def masked_nelbo(logits: Tensor, x0: Tensor, masked: Tensor, t: Tensor, keep: Te
     keep (B, L) True = prompt. The sum is divided by the number of tokens with keep False, EOS padding included, as
     in the official SFT trainer. Returns (loss, metrics): "ce", the mean cross-entropy of the masked tokens in nats,
     and "accuracy", the share of them whose argmax is right. Draws nothing. AssertionError if the shapes do not fit.
+    Training takes the same sum from `weighted_nelbo`, where logits can be made in pieces (`chunked_losses`).
     """
     assert logits.shape[:2] == x0.shape == masked.shape == keep.shape and t.shape == x0.shape[:1]
     return weighted_nelbo(*token_losses(logits[masked], x0[masked]), masked, t, keep)
 
 def weighted_nelbo(ce: Tensor, hit: Tensor, masked: Tensor, t: Tensor, keep: Tensor,
-                   visible: Tensor | None = None) -> tuple[Tensor, Metrics]:
-    """`masked_nelbo` from what `token_losses` says of the N masked tokens: ce (N,), hit (N,) True = argmax is right.
+                   asked: Tensor | None = None) -> tuple[Tensor, Metrics]:
+    """`masked_nelbo` from what `token_losses` says of N tokens, in nats: ce (N,), hit (N,) True = argmax is right.
 
-    visible (B, L) True = a token that is asked for although it is not masked, with weight 1, to learn edits.
+    asked (B, L) True = the N tokens that enter the loss: masked ones with weight 1/t, others, which teach edits, with
+    weight 1; None = the masked ones. The metrics are of the masked ones alone.
     """
-    asked = masked if visible is None else masked | visible
-    weight = torch.where(masked, (1 / t)[:, None], 1.0)[asked]  # (N,)  1/t = -alpha'_t / (1 - alpha_t)
+    asked = masked if asked is None else asked
+    weight = torch.where(masked, (1 / t)[:, None], 1.0)[asked]  # (N,)  1/t = -α'_t / (1 - α_t)
     hidden = masked[asked]  # (N,)
     n = hidden.sum().clamp(min=1)
-    metrics = {"ce": (ce.detach() * hidden).sum() / n, "accuracy": (hit & hidden).sum() / n}  # of masked tokens alone
+    metrics = {"ce": (ce.detach() * hidden).sum() / n, "accuracy": (hit & hidden).sum() / n}
     return (ce * weight).sum() / (~keep).sum().clamp(min=1), metrics
 
 def token_losses(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -368,7 +396,8 @@ def logits_at(model, ids: Tensor, where: Tensor, attention_mask: Tensor | None =
               **options) -> Any:
     """Logits at the positions `where` (B, L) alone, row by row, (N, V): the output layer, the widest, meets no other.
 
-    compute(layer, hidden (N, D)) may take that layer's place within the model's forward pass; its result is returned.
+    ids, attention_mask (B, L), True = real token. compute(layer, hidden (N, D)) may take that layer's place within the
+    model's forward pass; its result is returned.
     A model that is no transformers model, but has .logits, computes them all.
     """
     inner = getattr(model, "module", model)  # what DistributedDataParallel holds
@@ -421,16 +450,17 @@ def one_step_logp(model, prompt: Tensor, completion: Tensor, hide: Tensor, mask_
     assert hide.shape == prompt.shape and len(completion) == len(prompt)
     (rows, plen), clen = prompt.shape, completion.shape[1]
     attend = prompt.new_ones(rows, plen + clen) if attention_mask is None else extend_mask(attention_mask, plen + clen)
-    # phi does not depend on o: rows with the same q', such as a group under one prompt mask, are one row of the model
-    same, copy = torch.cat([torch.where(hide, mask_id, prompt), attend], dim=1).unique(dim=0, return_inverse=True)
-    canvas = F.pad(same[:, :plen], (0, clen), value=mask_id)  # (U, P+C) different rows
-    attend = None if attention_mask is None else same[:, plen:].bool()  # (U, P+C)
+    # φ does not depend on o: rows with the same q', such as a group under one prompt mask, are one row of the model
+    rows_q = torch.cat([torch.where(hide, mask_id, prompt), attend], dim=1)  # (B, P+P+C)
+    distinct, row_of = rows_q.unique(dim=0, return_inverse=True)  # (U, P+P+C), (B,)
+    canvas = F.pad(distinct[:, :plen], (0, clen), value=mask_id)  # (U, P+C)
+    attend = None if attention_mask is None else distinct[:, plen:].bool()  # (U, P+C)
     live = torch.ones_like(completion, dtype=torch.bool) if live is None else live
-    wanted = torch.zeros_like(canvas[:, plen:]).index_add(0, copy, live.long()) > 0  # (U, C)
+    wanted = torch.zeros_like(canvas[:, plen:]).index_add(0, row_of, live.long()) > 0  # (U, C)
     is_prompt = torch.arange(plen + clen, device=canvas.device) < plen  # (P+C,)
     logits = guided_logits(model, canvas, F.pad(wanted, (plen, 0)), attend, is_prompt=is_prompt, mask_id=mask_id,
                            cfg_scale=cfg_scale).float()  # (N, V)
-    n = (wanted.flatten().cumsum(0) - 1).view_as(wanted)[copy]  # (B, C) which of the N logits is a token's
+    n = (wanted.flatten().cumsum(0) - 1).view_as(wanted)[row_of]  # (B, C) which of the N logits is a token's
     return torch.where(live, logits[n, completion] - logits.logsumexp(-1)[n], 0.0)  # (B, C)
 
 def one_step_logps(model, prompt: Tensor, completion: Tensor, hide: Tensor, mask_id: int, attention_mask=None,
@@ -537,7 +567,7 @@ def check_decoding(gen_length: int, block_length: int, steps: int | None, remask
     if threshold is not None and remasking != "low_confidence":
         raise ValueError(f"threshold needs remasking='low_confidence', not {remasking!r}")
     if context and (cache != "none" or context < 2 * block_length):
-        raise ValueError(f"beyond the context of {context} tokens: cache='none' and blocks of at most half of it")
+        raise ValueError(f"beyond the context of {context} tokens: cache='none', and block_length at most half of it")
 
 def row_generators(generator, rows: int) -> list[torch.Generator]:
     """One generator a row: the sequence given, or `rows` new ones seeded by one generator's draw."""
@@ -551,7 +581,8 @@ def row_generators(generator, rows: int) -> list[torch.Generator]:
 def sample_tokens(logits: Tensor, temperature: float, counts: list[int], generators) -> Tensor:
     """One token for each position: argmax, or a sample of softmax(logits / T) by Gumbel-max.
 
-    logits (N, V) float32, the rows' positions one after another, counts[i] of them for row i.
+    logits (N, V) float32, the rows' positions one after another, counts[i] of them for row i; returns (N,) int64.
+    Draws counts[i] * V uniforms from generators[i].
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -576,7 +607,7 @@ class BlockCache:
         self.refresh, self.age = refresh, 0  # in steps
 
     def logits_at(self, ids: Tensor, where: Tensor, attend: Tensor | None, rows: Tensor) -> Tensor:
-        """`logits_at` for the rows numbered `rows`, (N, V); a row once left out does not come back."""
+        """`logits_at` for the rows (B,) of the batch, (N, V); ids, where, attend (B, L). A row left out stays out."""
         if self.age == 0:
             from transformers import DynamicCache
             self.past, fresh, keep = DynamicCache(), torch.arange(ids.shape[1], device=ids.device), self.kept
@@ -729,6 +760,7 @@ def diffuse_steps(model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor
         active = active[~ended]
         if len(active) == 0:
             break
+    # rows that left early: what they never wrote becomes EOS, in one last frame
     if eos_id is not None and len(active) < count and bool((rest := x == mask_id)[:, plen:].any()):
         rest[:, :plen] = False
         no = torch.zeros_like(rest)
@@ -767,16 +799,6 @@ LLADA_NAMES = {  # LLaDA's names of weights -> those of Llama, whose network it 
     "ff_norm": "post_attention_layernorm", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
     "v_proj": "self_attn.v_proj", "attn_out": "self_attn.o_proj", "ff_proj": "mlp.gate_proj",
     "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj"}
-
-@contextlib.contextmanager
-def refusing(what: str, error: type = UserError):
-    """Turn a library's complaint about a file into an error of ours: `what`, then its words."""
-    try:
-        yield
-    except (UserError, Stopped):
-        raise
-    except (Exception, SystemExit) as e:  # libraries, and a user's file, raise what they like
-        raise error(f"{what}: {' '.join(str(e).split())[:300]} ({type(e).__name__})") from e
 
 def network_of(source: str, raw: dict):
     """(class, config) in transformers for a checkpoint's config.json `raw`, with attention both ways."""
@@ -855,11 +877,6 @@ def activate_adapters(model) -> None:
     for name, p in model.named_parameters():
         p.requires_grad_("lora_" in name and ".default." in name)
 
-def read_json(path: Path) -> dict:
-    """A JSON file's content, {} if there is no such file."""
-    with refusing(f"cannot read {path}"):
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-
 def resolve_checkpoint(name: str) -> tuple[str, str]:
     """The folder or hub id behind a --model value, and the one with its weights: an adapter's base, else the same."""
     name = ALIASES.get(name.lower(), name)
@@ -871,8 +888,12 @@ def resolve_checkpoint(name: str) -> tuple[str, str]:
     adapter = read_json(Path(name, "adapter_config.json"))
     return name, (resolve_checkpoint(str(adapter.get("base_model_name_or_path")))[0] if adapter else name)
 
+def origin_of(name: str) -> str:
+    """The hub id, folder or embedded model that a --model value was trained from, by this script, at first."""
+    return read_json(Path(name, "d1_state.json")).get("origin") or ALIASES.get(name.lower(), name)
+
 def ask_hub(name: str, kind: str) -> None:
-    """Raise at once, not after the minutes of retries that a download makes, if the hub does not know or answer."""
+    """Fail at once if the hub does not answer or does not know the name: a download would retry for minutes."""
     from huggingface_hub import HfApi, constants
     if not constants.HF_HUB_OFFLINE:
         HfApi().repo_info(name, repo_type=kind, timeout=HUB_SECONDS)
@@ -922,12 +943,12 @@ def load_weights(base: str, raw: dict, dtype, load_4bit: bool, attn: str, device
     wrong += [f"{k} is {tuple(a)}, not {tuple(b)}" for k, a, b in sorted(report["mismatched_keys"])]
     if wrong:
         raise UserError(f"{len(wrong)} weights of {base} do not fit its config.json: {'; '.join(wrong[:3])}")
-    if not sees_right(model.eval()):
-        raise UserError(f"{base}: {type(model).__name__} sees the left only, even with is_causal=False")
+    if not is_bidirectional(model.eval()):
+        raise UserError(f"{base}: {type(model).__name__} attends to the left only, even with is_causal=False")
     return model
 
 @torch.no_grad()
-def sees_right(model) -> bool:
+def is_bidirectional(model) -> bool:
     """Whether the logits at the first token depend on the last, as they must to fill in masks."""
     ids = torch.tensor([[1] * 8, [1] * 7 + [2]], device=model.device)
     return not torch.equal(*model(ids).logits[:, 0])  # (V,) each
@@ -986,7 +1007,8 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
     name: one of EMBEDDED (random from `seed`), a hub id, a folder, LLaDA's format included, or an adapter
     folder of this script. dtype: None = the checkpoint's own on CPU, bf16 on CUDA. lora: None or
     (r, alpha, dropout, targets) as in `adapt_with_lora`; an adapter folder's own stays below it.
-    from_scratch: random weights of that shape.
+    load_4bit: NF4 base weights. attn: as --attn. device: None = this process's. from_scratch: random weights of that
+    shape, drawn from `seed` alone. UserError if name, files and tokenizer do not fit each other.
     """
     import transformers
     transformers.logging.set_verbosity_error()  # its notes on class names would drown ours
@@ -1055,6 +1077,11 @@ def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
     """Token ids of a chat up to where the reply begins; the one prompt builder of all stages."""
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
+def encode_prompts(tokenizer, chats: Iterable[list[dict]], limit: int) -> tuple[list[list[int]], int]:
+    """The ids of many prompts, `limit` tokens at most, and how many were cut on the left for it."""
+    prompts = [encode_prompt(tokenizer, chat) for chat in chats]
+    return [p[-limit:] for p in prompts], sum(len(p) > limit for p in prompts)
+
 @functools.cache
 def turn_end(tokenizer) -> list[int]:
     """The special token that the chat template sets after a reply (EOT), then EOS; EOS alone if they are one."""
@@ -1085,24 +1112,20 @@ def add_delete_token(model, tokenizer) -> None:
     tokenizer.add_tokens(DELETE, special_tokens=True)
     fit_vocabulary(model, tokenizer)
 
-def pack(texts: Iterable[str], tokenizer, length: int, limit: int) -> Tensor:
-    """Texts, an EOS after each, one after another in rows (N, length) int32; the first `limit` tokens, or all."""
-    flat = array.array("i")
-    for text in texts:
-        flat.extend([*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id])
-        if len(flat) >= limit:
-            break
-    rows = len(flat) // length
-    if not rows:
-        raise UserError(f"the text has {len(flat)} tokens, not one row of --sft_length {length}")
-    return torch.frombuffer(flat, dtype=torch.int32)[: rows * length].view(rows, length)
+def reply_ids(tokenizer, row: Tensor, stop: str = "") -> list[int]:
+    """The tokens of a reply (C,) so far, without masks: those before its first EOS, and before the stop text."""
+    ids = [i for i in row.tolist() if i != tokenizer.mask_token_id]
+    ids = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
+    end = tokenizer.decode(ids, skip_special_tokens=True).find(stop) if stop else -1
+    while end >= 0 and len(tokenizer.decode(ids, skip_special_tokens=True)) > end:
+        ids.pop()
+    return ids
 
 def reply_texts(tokenizer, completion: Tensor) -> list[str]:
     """The reply of each row up to its first EOS, as text. completion (B, C)."""
-    rows, eos = completion.tolist(), tokenizer.eos_token_id
-    return tokenizer.batch_decode([r[: r.index(eos)] if eos in r else r for r in rows], skip_special_tokens=True)
+    return tokenizer.batch_decode([reply_ids(tokenizer, row) for row in completion], skip_special_tokens=True)
 
-# %% 10. Tasks, rewards, grading — App. D
+# %% 10. Tasks, rewards, grading, and the data of a run — App. D
 SYSTEM = ("Think step by step, then answer. Write your reply exactly in this form:\n"
           "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>")
 EXPERT = ("As an expert in mathematics, solve the problem step by step and box the final answer. Keep to this form:\n"
@@ -1191,9 +1214,10 @@ def reaches(text: str | None, example: dict, official: bool = False) -> bool | N
     used, given = re.findall(r"\d+", text), sorted(n for n in example["numbers"] if isinstance(n, int))
     if any(len(n) >= 20 for n in used) or sorted(map(int, used)) != given:  # each number once
         return None
-    value = arithmetic(text, float if official else Fraction)  # official: in floats, to 1e-5
-    right = abs((value or 0) - example["target"]) < 1e-5 if official else value == example["target"]
-    return None if value is None else right
+    value, target = arithmetic(text, float if official else Fraction), example["target"]
+    if value is None:
+        return None
+    return abs(value - target) < 1e-5 if official else value == target
 
 def normalise_latex(text: str) -> str:
     """A plain form of a LaTeX answer, by the rules of the official MATH grader; ValueError where they fail."""
@@ -1244,8 +1268,10 @@ def math_worker() -> subprocess.Popen:
 def same_mathematics(found: str, gold: str, limit: float = 1.0) -> bool:
     """Whether two LaTeX answers are equal: in plain form, as numbers, or by math-verify in `limit` CPU seconds."""
     numbers = parse_number(found), parse_number(gold)
-    if None not in numbers or equal_latex(found, gold):
-        return None in numbers or numbers[0] == numbers[1]
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    if equal_latex(found, gold):
+        return True
     # towers of powers, long sums and factorials of large numbers would only run into the limit
     if len(found) > 200 or re.search(r"\d{20}|\d{3}!|!.*!|\^[^^]{0,9}\^|\^\W*\d{4}|\*\*|\\(sum|prod|int|binom)", found):
         return False
@@ -1262,7 +1288,11 @@ def same_mathematics(found: str, gold: str, limit: float = 1.0) -> bool:
     return False
 
 class Task:
-    """One benchmark: where problems come from (generate, None = draw again; parse), how they are asked and graded."""
+    """One benchmark: its problems (`generate` draws one, or None; `parse` reads a row), its prompt, rewards, grading.
+
+    A subclass has these two, and rewards(completion, example, official=False) -> {part: value}, whose sum is a reply's
+    reward, and grade(completion, example, official=False) -> Grade; official = by the rules of the official code.
+    """
     name = official_name = ""  # as in --task; as in the official generations' file names
     hub = hub_test = ""  # the public data set, and the one to test on if it is another
     texts: tuple[str, ...] = ()  # the columns that a data file must have as text
@@ -1277,12 +1307,15 @@ class Task:
     stems: tuple[str, ...] = ()  # the fixed words of a question
 
     def key(self, example: dict) -> str:
-        """What no two splits share: "<name>/..." of what the embedded generator can draw, else all of the problem."""
+        """Identity of a problem, which no two splits share: its question if it was generated, else all of it."""
         drawn = "work" in example
         return f"{self.name}/{self.question(example)}" if drawn else json.dumps(example, sort_keys=True, default=str)
 
     def examples(self, split: str, n: int | None = None, seed: int = 0, data: str | None = None) -> list[dict]:
-        """n problems of "train", "heldout" or "test": generated, or all (the first n) rows of `data`."""
+        """n problems of "train", "heldout" or "test": generated, or all (the first n) rows of `data`.
+
+        Generated ones are drawn from (name, split, seed) alone. UserError names a row that is no problem.
+        """
         if not data:
             rng = random.Random(f"{self.name}/{split}/{seed}")
             drawn = (e for e in map(self.generate, itertools.repeat(rng)) if e and split_of(self.key(e)) == split)
@@ -1306,8 +1339,8 @@ class Task:
         """The chat that asks one problem; its first part may be given."""
         return [{"role": "user", "content": f"{system or self.system}\n\n{self.question(example)}"}]
 
-    def pay(self, texts: Sequence[str], examples: Sequence[dict], official: bool = False) -> list[dict[str, float]]:
-        """The rewards of many replies."""
+    def batch_rewards(self, texts: Sequence[str], examples: Sequence[dict], official: bool = False) -> list[dict]:
+        """The `rewards` of many replies."""
         return [self.rewards(t, e, official) for t, e in zip(texts, examples, strict=True)]
 
     def demonstrate(self, example: dict, rng: random.Random, careful: bool) -> str:
@@ -1325,51 +1358,14 @@ class Task:
         return operator.itemgetter(*self.gold)(example)
 
     def of_record(self, record: dict) -> dict:
-        """What grading needs of an example, from an entry of a generations file."""
+        """What grading needs of an example, read back from an entry of a generations file."""
         gold = record["ground_truth"]
         return dict(zip(self.gold, gold if len(self.gold) > 1 else [str(gold)], strict=True))
 
 def split_of(key: str) -> str:
-    """The one split that may hold what has this key, the same in every run: 80 % train, 8 % heldout, 12 % test."""
+    """The split of a problem with this key, by a hash, the same in every run: 80 % train, 8 % heldout, 12 % test."""
     bucket = hashlib.sha256(key.encode()).digest()[0] / 256
     return "train" if bucket < 0.8 else "heldout" if bucket < 0.88 else "test"
-
-ROW_FILES, TEXT_FILES = (".jsonl", ".json", ".csv", ".parquet"), (".txt", ".md")
-
-def check_source(data: str, kinds: Sequence[str] = ROW_FILES) -> str:
-    """The data source as it is; UserError if it is neither a file of a known kind nor like a hub id."""
-    known = Path(data).suffix in kinds
-    if not (Path(data).is_file() if known or data.count("/") != 1 else not Path(data).exists()):
-        names = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
-        raise UserError(f"no data file {data}: give a {names} file, or a hub id owner/name")
-    return data
-
-def read_rows(data: str, split: str) -> list[dict]:
-    """Rows of a local JSONL, JSON, CSV or Parquet file, or of a hub set owner/name[:config]."""
-    import datasets
-    path = Path(check_source(data))
-    with refusing(f"cannot read {data}" + "; without a network give a local file" * (not path.is_file())):
-        if path.suffix == ".csv":  # every column as text: a puzzle's leading zeros are digits
-            csv.field_size_limit(2**31 - 1)
-            with path.open(newline="", encoding="utf-8-sig") as f:
-                rows = list(csv.DictReader(f))
-        elif path.suffix == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        elif path.suffix == ".jsonl":
-            rows = []
-            for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-                with refusing(f"cannot read line {number} of {data}"):
-                    rows += [json.loads(line)] if line.strip() else []
-        elif path.suffix == ".parquet":  # streamed: nothing is left in a cache, nothing stale is read from one
-            rows = list(datasets.load_dataset("parquet", data_files=data, split="train", streaming=True))
-        else:
-            ask_hub(data.split(":")[0], "dataset")
-            hub = datasets.load_dataset(*data.split(":"), split="test" if split == "test" else "train", streaming=True)
-            rows = list(itertools.islice(hub, HUB_ROWS))
-        if not rows or not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
-            raise ValueError("it holds no rows, or rows without named columns")
-        json.dumps(rows, ensure_ascii=False, default=str).encode()  # half a surrogate pair is no text
-    return rows
 
 class Gsm8k(Task):
     """Grade-school word problems; generated stand-ins where no data set is given."""
@@ -1385,7 +1381,7 @@ class Gsm8k(Task):
 
     def parse(self, row):
         answer = row["answer"].split("####")[-1].strip().replace(",", "")
-        float(answer)  # or the row is refused
+        Fraction(answer)  # or the row is refused
         return {"question": row["question"], "answer": answer}
 
     def ground_truth(self, example):
@@ -1397,16 +1393,16 @@ class Gsm8k(Task):
 
     def rewards(self, completion, example, official=False):
         found = completion.split("<answer>")[-1].split("</answer>")[0].strip() if official else last_answer(completion)
-        # [D10] official's patterns lack DOTALL (reward_func.py:49), so work of two lines never earns
+        # [D10] official's patterns lack DOTALL (reward_func.py:49, mended later), so work of two lines never earns
         #       the format reward. here: "." matches a newline, and a final one is not demanded.
         flags, final = (0, "\n$") if official else (re.DOTALL, "\n?$")
         #       (?>...) never tries again where it stopped, so no text takes more than linear time.
         strict = re.match(r"<reasoning>\n(?>.*?\n</reasoning>\n<answer>\n).*?\n</answer>" + final, completion, flags)
         soft = any(re.match(rf"<reasoning>(?>.*{first}</reasoning>\s*<answer>).*?</answer>", completion, flags)
                    for first in ("?", ""))  # at the first border between the blocks, or at the last
-        number = parse_number(found)
-        right = found == example["answer"] if official else None is not number == parse_number(example["answer"])
-        integer = (found or "").isdigit() if official else number is not None and number.denominator == 1
+        number, gold = parse_number(found), parse_number(example["answer"])
+        right = found == example["answer"] if official else number is not None and number == gold
+        integer = found.isdigit() if official else number is not None and number.denominator == 1
         # up to .5 for four tags on lines of their own, less .001 a character after the last (official rule)
         after, rest = len(completion.split("\n</answer>\n")[-1]), len(completion.split("\n</answer>")[-1]) - 1
         tags = {"<reasoning>\n": 0, "\n</reasoning>\n": 0, "\n<answer>\n": after, "\n</answer>": rest}
@@ -1428,7 +1424,7 @@ class Gsm8k(Task):
         number = parse_number(found)
         if number is None and found and (said := re.findall(r"[-+]?\d[\d,]*(?:\.\d+)?", found[-200:])):
             number = parse_number(said[-1].rstrip(","))  # "72 clips": the last number said
-        return verdict(None is not number == parse_number(example["answer"]), found)
+        return verdict(number is not None and number == parse_number(example["answer"]), found)
 
 class Math500(Task):
     """Competition problems with a boxed answer; generated stand-ins where no data set is given."""
@@ -1575,6 +1571,17 @@ class Sudoku(Task):
         score = self.cells(digits, example)
         return Grade(score == 1 if official else digits == example["solution"], score, found)
 
+TASKS: dict[str, Task] = {t.name: t for t in (Gsm8k(), Math500(), Countdown(), Sudoku())}
+
+def grade_generation(task: str, row: dict, mode: str = "strict") -> Grade:
+    """Grade one reply of a generations file, a row {"question", "generations": the text, "ground_truth"}.
+
+    mode "strict" grades as we do, "official" as the official parser. ValueError on another task or mode.
+    """
+    if task not in TASKS or mode not in ("strict", "official"):
+        raise ValueError(f"no grading of task {task!r} in mode {mode!r}")
+    return TASKS[task].grade(row["generations"], TASKS[task].of_record(row), mode == "official")
+
 class Custom(Task):
     """A problem of one's own: rows with a column "prompt", paid by a function with TRL's reward signature.
 
@@ -1606,7 +1613,7 @@ class Custom(Task):
     def ground_truth(self, example):
         return {k: v for k, v in example.items() if k != "prompt"}
 
-    def pay(self, texts, examples, official=False):
+    def batch_rewards(self, texts, examples, official=False):
         said = [t if isinstance(e["prompt"], str) else [{"role": "assistant", "content": t}]
                 for t, e in zip(texts, examples, strict=True)]
         columns = {k: [e.get(k) for e in examples] for k in self.ground_truth(examples[0])}
@@ -1625,7 +1632,7 @@ class Custom(Task):
         return [{"reward": float(v)} for v in values]
 
     def rewards(self, completion, example, official=False):
-        return self.pay([completion], [example])[0]
+        return self.batch_rewards([completion], [example])[0]
 
     def grade(self, completion, example, official=False):
         value = self.rewards(completion, example)["reward"]
@@ -1702,16 +1709,198 @@ def world_texts(seed: int) -> Iterator[str]:
                 f"{rng.choice(NAMES)} sees the {animal} and the {other}.")))
         yield " ".join(said)
 
-TASKS: dict[str, Task] = {t.name: t for t in (Gsm8k(), Math500(), Countdown(), Sudoku())}
+ROW_FILES, TEXT_FILES = (".jsonl", ".json", ".csv", ".parquet"), (".txt", ".md")
 
-def grade_generation(task: str, row: dict, mode: str = "strict") -> Grade:
-    """Grade a row {"question", "generations", "ground_truth"} of a file; mode "strict" is ours, else "official"."""
-    if task not in TASKS or mode not in ("strict", "official"):
-        raise ValueError(f"no grading of task {task!r} in mode {mode!r}")
-    return TASKS[task].grade(row["generations"], TASKS[task].of_record(row), mode == "official")
+def check_source(data: str, kinds: Sequence[str] = ROW_FILES) -> str:
+    """The data source as it is; UserError if it is neither a file of a known kind nor like a hub id."""
+    known = Path(data).suffix in kinds
+    if not (Path(data).is_file() if known or data.count("/") != 1 else not Path(data).exists()):
+        names = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+        raise UserError(f"no data file {data}: give a {names} file, or a hub id owner/name")
+    return data
+
+def hub_rows(data: str, split: str) -> Iterator[dict]:
+    """Rows of a hub set owner/name[:config], streamed as they are needed."""
+    import datasets
+    with refusing(f"cannot read {data}; without a network give a local file"):
+        ask_hub(data.partition(":")[0], "dataset")
+        yield from datasets.load_dataset(*data.split(":"), split=split, streaming=True)
+
+def read_rows(data: str, split: str) -> list[dict]:
+    """Rows of a local JSONL, JSON, CSV or Parquet file, or of a hub set owner/name[:config]."""
+    import datasets
+    path = Path(check_source(data))
+    with refusing(f"cannot read {data}"):
+        if path.suffix == ".csv":  # every column as text: a puzzle's leading zeros are digits
+            csv.field_size_limit(2**31 - 1)
+            with path.open(newline="", encoding="utf-8-sig") as f:
+                rows = list(csv.DictReader(f))
+        elif path.suffix == ".json":
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        elif path.suffix == ".jsonl":
+            rows = []
+            for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+                with refusing(f"cannot read line {number} of {data}"):
+                    rows += [json.loads(line)] if line.strip() else []
+        elif path.suffix == ".parquet":  # streamed: nothing is left in a cache, nothing stale is read from one
+            rows = list(datasets.load_dataset("parquet", data_files=data, split="train", streaming=True))
+        else:
+            rows = list(itertools.islice(hub_rows(data, "test" if split == "test" else "train"), HUB_ROWS))
+        if not rows or not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
+            raise ValueError("it holds no rows, or rows without named columns")
+        json.dumps(rows, ensure_ascii=False, default=str).encode()  # half a surrogate pair is no text
+    return rows
+
+def texts_of(data: str) -> Iterator[str]:
+    """The texts of a file, of a folder's files or of a streamed hub set, as they are needed."""
+    path = Path(data)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (*TEXT_FILES, *ROW_FILES))
+    if path.exists() and not files:
+        raise UserError(f"{data} holds no {', '.join(TEXT_FILES + ROW_FILES)} file")
+    for file in files or [Path(data)]:
+        if file.suffix in TEXT_FILES:
+            with refusing(f"cannot read {file}"):
+                yield file.read_text(encoding="utf-8-sig")
+        else:
+            for number, row in enumerate(read_rows(str(file), "train") if files else hub_rows(data, "train"), 1):
+                if not isinstance(row.get("text"), str):
+                    raise UserError(f"{file}, row {number}: no column text; it has {', '.join(map(str, row))}")
+                yield row["text"]
+
+def pack(texts: Iterable[str], tokenizer, length: int, limit: int) -> Tensor:
+    """Texts, an EOS after each, one after another in rows (N, length) int32; the first `limit` tokens, or all."""
+    flat = array.array("i")
+    for text in texts:
+        flat.extend([*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id])
+        if len(flat) >= limit:
+            break
+    rows = len(flat) // length
+    if not rows:
+        raise UserError(f"the text has {len(flat)} tokens, not one row of --sft_length {length}")
+    return torch.frombuffer(flat, dtype=torch.int32)[: rows * length].view(rows, length)
+
+def pretraining_rows(cfg: Settings, tokenizer, screen: Screen) -> list[tuple[Tensor, int]]:
+    """Packed text as (ids, no prompt), as much of it as the steps need."""
+    seen = cfg.steps_sft * cfg.bs_sft * cfg.sft_length
+    needed = seen * 102 // 100 + cfg.sft_length  # 1 % is held out
+    rows = pack(texts_of(cfg.data) if cfg.data else world_texts(cfg.seed), tokenizer, cfg.sft_length, needed)
+    screen.say(f"{cfg.data or 'generated text'}: {rows.numel():,} tokens in rows of {cfg.sft_length}; "
+               f"{cfg.steps_sft:,} updates see {seen:,}, {seen / rows.numel():.1f} epochs")
+    return [(row, 0) for row in rows]
+
+def chat_turns(tokenizer, messages: Any, size: int) -> list[tuple[list[int], int]]:
+    """A row for each of the assistant's turns, all before it as the prompt: a reply never sees what came after it.
+
+    So LLaDA is trained on chats (arXiv 2502.09992, App. B.1); the chat template says where the reply begins. One row
+    that is all prompt stands for a chat that is none.
+    """
+    import jinja2
+    good = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i] if good else []
+    try:
+        return [encode_example(tokenizer, messages[:i], messages[i]["content"]) for i in turns] or [([], size)]
+    except jinja2.TemplateError:  # a template may refuse a system text, or two turns of one speaker
+        return [([], size)]
+
+def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) -> list[tuple[list[int], int]]:
+    """The SFT corpus as (ids, prompt_len): demonstrations, most careless, or a file's traces; bad rows are named."""
+    if cfg.sft_data in ("", "talk"):
+        rng, rows = random.Random(f"sft/{cfg.seed}"), []
+        for task in tasks:
+            for example in task.examples("train", cfg.n_traces, seed=cfg.seed):
+                reply = task.demonstrate(example, rng, careful=rng.random() < task.careful)
+                rows.append(encode_example(tokenizer, task.messages(example), reply))
+        if cut := sum(len(ids) > cfg.sft_length for ids, _ in rows):
+            screen.say(f"{cut} of {len(rows)} generated traces are cut at --sft_length {cfg.sft_length}")
+        return rows
+    size, traces = cfg.sft_length, {}  # by row number, and turn of a chat
+    for number, row in enumerate(read_rows(cfg.sft_data, "train"), 1):
+        if "messages" in row:
+            pairs = enumerate(chat_turns(tokenizer, row["messages"], size))
+            traces |= {(number, turn): pair for turn, pair in pairs}
+            continue
+        question, reply, thoughts, attempt = map(row.get, ("question", "reply", "thinking_trajectories", "attempt"))
+        if reply is None and isinstance(row.get("answer"), str) and "####" in row["answer"]:  # GSM8K
+            thoughts, attempt = map(str.strip, row["answer"].split("####", 1))
+        thoughts = thoughts[0] if isinstance(thoughts, list) and thoughts else thoughts
+        if thoughts and isinstance(thoughts, str) and isinstance(attempt, str):
+            reply = f"<reasoning>\n{thoughts}\n</reasoning>\n<answer>\n{attempt}\n</answer>"
+        usable = all(text and isinstance(text, str) for text in (question, reply))
+        chat = [{"role": "user", "content": f"{SYSTEM}\n\n{question}"}]
+        traces[number, 0] = encode_example(tokenizer, chat, reply) if usable else ([], size)
+    rows = [(ids, prompt_len) for ids, prompt_len in traces.values() if prompt_len < size]
+    if not rows:
+        raise UserError(f"{cfg.sft_data}: no usable row; needs texts in the columns question, thinking_trajectories, "
+                        f"attempt (s1K), question, answer (GSM8K), question, reply or messages (chats), "
+                        f"and a --sft_length over {size}")
+    screen.say(f"{cfg.sft_data}: {len(rows)} traces")
+    bad = [n for (n, _), (_, prompt_len) in traces.items() if prompt_len >= size]
+    long = [n for (n, _), (ids, prompt_len) in traces.items() if len(ids) > size > prompt_len]
+    for numbers, why in (bad, "left out, malformed or without room for a reply"), (long, f"cut at --sft_length {size}"):
+        if numbers:
+            screen.say(f"  {len(numbers)} {why}: row {str(numbers[:8])[1:-1]}{', ...' * (len(numbers) > 8)}")
+    return rows
+
+def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
+    """The problems of a split: generated if there is no source, else a file's or hub set's, split by their hashes.
+
+    A hub set's own test split is the test; of a file with --eval_only all is. Train and heldout share the rest.
+    """
+    source = cfg.data or ("" if cfg.preset == "tiny" else (task.hub_test if split == "test" else "") or task.hub)
+    if not source:
+        draws = -(-cfg.steps_rl // cfg.mu) * cfg.grad_accum * (cfg.bs_rl // cfg.group)
+        sizes = {"train": max(min(draws, 20000), 1), "heldout": 128, "test": cfg.limit or 256}
+        return task.examples(split, sizes[split], seed=cfg.seed if split == "train" else 0)
+    import datasets
+    own_test = False  # a hub set may have a test split
+    with refusing(f"cannot read {source}; without a network give a local file"):
+        if not Path(source).is_file():
+            ask_hub(source.split(":")[0], "dataset")
+            own_test = "test" in datasets.get_dataset_split_names(*source.split(":"))
+    rows = task.examples("test" if split == "test" and own_test else "train", data=source)
+    rows = [r for r in rows if source != task.hub or task.hub_keeps(r)]
+    if split != "test" or not (own_test or (cfg.eval_only and cfg.data)):
+        parts = (split, "test") if split == "train" and own_test else (split,)
+        rows = [r for r in rows if split_of(task.key(r)) in parts]
+    if not rows:
+        raise UserError(f"{source} has no problems for the {split} split")
+    return rows[: cfg.limit or (not cfg.data and task.tests) or None] if split == "test" else rows
+
+def say_sizes(task: Task, splits: dict[str, list[dict]], screen: Screen) -> None:
+    """Print how many problems each split has, and how many are in two."""
+    keys = {name: set(map(task.key, rows)) for name, rows in splits.items()}
+    sizes = ", ".join(f"{name} {len(rows):,} ({len(keys[name]):,} different)" for name, rows in splits.items())
+    shared = sum(len(keys[a] & keys[b]) for a, b in itertools.combinations(keys, 2))
+    screen.say(f"{task.name} problems: {sizes}; in two splits: {shared}")
+
+def tasks_of(cfg: Settings) -> list[Task]:
+    """The benchmarks that a run deals with."""
+    if cfg.task == "custom":
+        return [Custom(cfg.reward, cfg.reward_errors == "zero")]
+    if cfg.sft_data == "talk":
+        return [Talk()]
+    return [task for task in TASKS.values() if cfg.task in (task.name, "sft_only", "table1")]
+
+def stages_passed(cfg: Settings) -> list[str]:
+    """The stages that have trained --model."""
+    return [] if cfg.from_scratch else list(read_json(Path(cfg.model, "d1_state.json")).get("stages", []))
+
+def has_stage1(cfg: Settings) -> bool:
+    """Whether the run begins with SFT, or is pre-training: a benchmark's does unless the model has been through it."""
+    taught = cfg.task in RL_TASKS and (cfg.skip_sft or "sft" in stages_passed(cfg))
+    return cfg.trains() and not taught
+
+def load_data(cfg: Settings, tasks: list[Task], tokenizer, screen: Screen) -> tuple[dict[Task, dict], list]:
+    """What a run works on: {task: {split: problems}} and the traces of stage 1, none if it has no stage 1."""
+    names = ("train", "heldout", "test") if cfg.reinforces() else ("test",) * cfg.evaluates()
+    splits = {task: {name: problems_of(cfg, task, name) for name in names} for task in tasks}
+    if cfg.task == "pretrain":
+        return splits, pretraining_rows(cfg, tokenizer, screen)
+    return splits, sft_rows(cfg, tokenizer, tasks, screen) if has_stage1(cfg) else []
 
 # %% 11. The two stages' loops — Algorithm 2 (masked SFT) and Algorithm 1 (diffu-GRPO)
-def stream(*key) -> Generator:
+def keyed_generator(*key) -> Generator:
     """A random stream for one purpose, from its key alone: nothing to save, and no draw disturbs another.
 
     [D3] official reseeds the global generators at every estimate, with one of 4096 values
@@ -1720,14 +1909,36 @@ def stream(*key) -> Generator:
     return Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big"))
 
 def visits(seed: int, name: str, first: int, count: int, n: int) -> list[int]:
-    """Which of n items the visits number first, first + 1, ... meet: epochs in fresh orders, without gaps."""
+    """`count` indices, from place `first` on, of an endless row of epochs, each a fresh shuffle of n items."""
     span = range(first, first + count)
-    orders = {e: torch.randperm(n, generator=stream(seed, name, e)).tolist() for e in {i // n for i in span}}
+    orders = {e: torch.randperm(n, generator=keyed_generator(seed, name, e)).tolist() for e in {i // n for i in span}}
     return [orders[i // n][i % n] for i in span]
 
 def precision(device: torch.device):
     """bf16 arithmetic on a GPU, whatever the weights are stored in; the losses are fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+def decoding(tokenizer, cfg: Settings) -> dict[str, Any]:
+    """Options of `diffuse_steps` that rollouts, evaluation and chat take from the settings alike."""
+    return dict(mask_id=tokenizer.mask_token_id, eos_id=tokenizer.eos_token_id, stop_at_eos=True,
+                block_length=cfg.block_length, remasking=cfg.remasking, refresh=cfg.refresh,
+                edit_rate=cfg.edit_share * cfg.allow_edits,
+                delete_id=tokenizer.added_tokens_encoder.get(DELETE))
+
+def unsharded(x):
+    """A tensor that FSDP shards, put together by all processes; anything else as it is."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+def own_shard(p: Tensor) -> Tensor:
+    """This process's piece of a tensor that FSDP shards; any other tensor as it is. Without gradient."""
+    return p.detach().to_local() if hasattr(p, "to_local") else p.detach()
+
+def shard_like(x: Tensor, p: Tensor) -> Tensor:
+    """A piece of the optimizer's state, as FSDP has it for a parameter p that it shards."""
+    from torch.distributed.tensor import DTensor
+    if not isinstance(p, DTensor) or x.ndim == 0:
+        return x
+    return DTensor.from_local(x.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
 
 class Stage:
     """What both stages share: optimizer, loop, guard, log and checkpoint.
@@ -1761,7 +1972,7 @@ class Stage:
         self.net, self.engine = (model, prepared) if zero else (prepared, None)
         self.params = [p for p in self.net.parameters() if p.requires_grad]
         self.fill_model(empty=True)
-        self.share = f".{self.rank}_of_{self.world}" if sharded or zero else ""  # whose part of the state this holds
+        self.shard_suffix = f".{self.rank}_of_{self.world}" if sharded or zero else ""  # of its checkpoints
         self.best, self.score, self.stale = None, math.nan, 0  # (score, step, weights); the last; checks since a better
         self.skipped = self.flat = 0  # updates in a row: left out, as not finite; with groups that were all paid alike
         self.batch: list[Rollout] = []  # of stage 2, in use over mu updates
@@ -1772,7 +1983,7 @@ class Stage:
         """Under FSDP, put the weights together in `model`, for passes that not all processes make alike."""
         for p, shard in zip(self.model.parameters(), self.net.parameters(), strict=True):
             if p is not shard:  # without FSDP, or in 4 bits, it is
-                p.data = p.data.new_empty(0) if empty else whole(shard.detach()).to(self.device)
+                p.data = p.data.new_empty(0) if empty else unsharded(shard.detach()).to(self.device)
 
     def finish(self, screen: Screen) -> None:
         """After the last step: `model` holds the weights for good, and nothing listens to them any more."""
@@ -1784,7 +1995,7 @@ class Stage:
     def dropout_from(self, *key):
         """Dropout can only draw from torch's global streams: seed them by the key, and put them back after."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(stream(self.cfg.seed, "dropout", *key).initial_seed())
+            torch.manual_seed(keyed_generator(self.cfg.seed, "dropout", *key).initial_seed())
             yield
 
     def average(self, rows: list[dict]) -> dict[str, float]:
@@ -1803,7 +2014,7 @@ class Stage:
         self.sound = self.sound and bool(torch.isfinite(loss))
         (self.engine.backward if self.engine else Tensor.backward)(loss * share)
 
-    def part(self, last: bool) -> contextlib.AbstractContextManager:
+    def accumulate(self, last: bool) -> contextlib.AbstractContextManager:
         """Context of one of an update's parts: the gradient is averaged over processes once, with the last."""
         if self.engine:
             self.engine.set_gradient_accumulation_boundary(last)
@@ -1815,7 +2026,7 @@ class Stage:
             g["lr"] = self.rate()
         if self.engine:
             self.engine.step()  # the same three; `optimizer` does nothing then
-        norm = float(whole(self.accel.clip_grad_norm_(self.params, self.clip or math.inf)))
+        norm = float(unsharded(self.accel.clip_grad_norm_(self.params, self.clip or math.inf)))
         if 0 <= norm < math.inf:  # DeepSpeed says -1
             self.optimizer.step()
             self.skipped, self.sound = 0, True
@@ -1834,7 +2045,8 @@ class Stage:
         self.sound = True
         text = f"{self.name} step {self.step + 1}: no finite loss or gradient on {'; '.join(names)}, kept in {path}"
         if self.skipped >= self.cfg.max_skips or self.engine:  # DeepSpeed has made its update by now
-            raise NonFiniteLoss(f"{text}. The last checkpoint is kept; try a lower learning rate and --allow_changed.")
+            raise NonFiniteLoss(f"{text}. The last checkpoint is kept: --resume --allow_changed "
+                                "and a lower learning rate go on from there.")
         screen.say(f"  warning: {text}; update left out, {self.skipped} in a row")
         return {"skipped": self.skipped}
 
@@ -1888,7 +2100,12 @@ class Stage:
 class MaskedSFT(Stage):
     """Stage 1: masked supervised fine-tuning.   d1 Algorithm 2, Sec. 3.3
 
+        repeat:  (prompt, x_0) ~ data;  t ~ U(0, 1);  x_t ~ q(x_t | x_0) on the reply alone         `nelbo`
+                 one AdamW step down the gradient of Eq. (1), Σ_k over the reply                   `update`
+
     rows: (ids, prompt_len) pairs; 1 % is held out. They are padded with EOS, which is trained, as in LLaDA's training.
+    Streams: "sft_heldout" the rows held out, "sft_order" the order of the others, "sft_mask" noise of a step,
+    "sft_check" that of the held-out check, "dropout". UserError if no reply fits --sft_length.
     """
     name = "sft"
 
@@ -1911,18 +2128,18 @@ class MaskedSFT(Stage):
         warm, done = min(1.0, (self.step + 1) / max(self.cfg.warmup_sft, 1)), self.step / self.total
         return self.lr * warm * ((1 + math.cos(math.pi * done)) / 2 if self.cfg.schedule == "cosine" else 1 - done)
 
-    def spoilt(self) -> float:
-        """Share of the visible tokens that this step corrupts."""
+    def edit_rate_now(self) -> float:
+        """--edit_rate as this step has it: 0 until --edit_start, then rising."""
         start = self.cfg.edit_start
         return self.cfg.edit_rate * max(0.0, (self.step / self.total - start) / (1 - start))
 
-    def indices(self) -> list[int]:
+    def row_indices(self) -> list[int]:
         """The rows of this step."""
         size = self.cfg.bs_sft
         return visits(self.cfg.seed, "sft_order", self.step * size, size, len(self.rows))
 
     def batch_name(self) -> str:
-        return f"SFT rows {self.indices()}"
+        return f"SFT rows {self.row_indices()}"
 
     def collate(self, rows, length: int) -> tuple[Tensor, Tensor]:
         """x0 (B, L) padded with EOS, and keep (B, L) True on the prompt."""
@@ -1933,19 +2150,19 @@ class MaskedSFT(Stage):
             keep[i, :prompt_len] = True
         return x0, keep
 
-    def nelbo(self, rows, key, mine: slice = slice(None), spoilt: float = 0.0) -> tuple[Tensor, dict]:
+    def nelbo(self, rows, key, mine: slice = slice(None), edit_rate: float = 0.0) -> tuple[Tensor, dict]:
         """Algorithm 2 on the rows `mine`, whose shares add up to the batch's loss; the noise is drawn for all rows."""
-        generator = stream(self.cfg.seed, *key)
+        generator = keyed_generator(self.cfg.seed, *key)
         longer, extra = draw_uniform((2,), generator, "cpu").tolist()
         length = self.cfg.sft_length + int(extra * (self.cfg.sft_extra + 1)) * (longer < 0.2)
         x0, keep = self.collate(rows, length)  # (B, L)
         t = sample_t(len(x0), generator, low=self.cfg.t_low, high=self.cfg.t_high)  # (B,)
         shown, surplus = x0, torch.zeros_like(keep)
-        if spoilt:
-            shown, x0, surplus = corrupt(x0, keep, spoilt, self.delete_id, generator)
+        if edit_rate:
+            shown, x0, surplus = corrupt(x0, keep, edit_rate, self.delete_id, generator)
         xt, masked = forward_process(shown, t, keep | surplus, self.tokenizer.mask_token_id, generator)
-        asked = ~keep if spoilt else masked
-        share = (~keep[mine]).sum() / (~keep).sum()
+        asked = ~keep if edit_rate else masked
+        share = (~keep[mine]).sum() / (~keep).sum().clamp(min=1)
         x0, t, keep, xt, masked, asked = (v[mine].to(self.device) for v in (x0, t, keep, xt, masked, asked))
         def losses(layer, hidden):
             return chunked_losses(layer, hidden, x0[asked], self.cfg.logits_held(self.model.config))
@@ -1958,14 +2175,15 @@ class MaskedSFT(Stage):
         return loss * share.item(), metrics
 
     def update(self) -> dict[str, float]:
+        """Algorithm 2, one step: the gradient of a batch, part by part, and AdamW."""
         self.net.train()
-        rows, logged = [self.rows[i] for i in self.indices()], []
+        rows, logged = [self.rows[i] for i in self.row_indices()], []
         size = self.cfg.bs_sft // self.world
         stop = (self.rank + 1) * size
         spans = [slice(i, min(i + self.cfg.rows_sft, stop)) for i in range(stop - size, stop, self.cfg.rows_sft)]
         for span in spans:
-            with self.part(last=span is spans[-1]):
-                loss, metrics = self.nelbo(rows, ("sft_mask", self.step), span, self.spoilt())
+            with self.accumulate(last=span is spans[-1]):
+                loss, metrics = self.nelbo(rows, ("sft_mask", self.step), span, self.edit_rate_now())
                 self.backward(loss, self.world)  # the mean over processes is then the gradient of the whole batch
             logged.append({"loss": loss.item() * self.world * len(spans), **{k: v.item() for k, v in metrics.items()}})
         return {**self.average(logged), "grad_norm": self.apply_gradient(), "lr": self.rate()}
@@ -1997,146 +2215,7 @@ class Rollout:
     logp_ref: list[Tensor]  # mu of (B, C); empty if beta is 0
     parts: dict[str, float]  # mean of each reward part, share of prompts cut, error of the cache
 
-class DiffuGRPO(Stage):
-    """Stage 2: policy gradient with one-step log-probabilities.   d1 Algorithm 1, Sec. 3.2
-
-    examples: problems; ask(example) -> chat; reward(texts, examples) -> one {name: value} a text,
-    summed. `heldout(model) -> score` chooses the best checkpoint, None = keep the last.
-    """
-    name = "diffu_grpo"
-
-    def __init__(self, model, tokenizer, examples: Sequence[dict], ask: Callable, reward: Callable, cfg: Settings,
-                 out: Path, heldout: Callable | None = None):
-        check_positions(model, cfg.max_prompt + cfg.gen_length)
-        # [D8] official's reference sync does nothing under LoRA. here: pi_ref is the frozen start of stage 2.
-        self.reference = freeze_reference(model)
-        # [D6] official leaves LoRA dropout on in every pass. here: off, so the first ratio is exactly 1.
-        eval_mode(model)
-        super().__init__(model, tokenizer, cfg, out, cfg.lr_rl, cfg.wd_rl, cfg.clip_rl, cfg.steps_rl)
-        self.examples, self.ask, self.reward, self.heldout = examples, ask, reward, heldout
-        self.sample, self.seen = "", []  # seen: metrics since the last check
-
-    def batch_name(self) -> str:
-        i, k = divmod(self.step, self.cfg.mu)
-        return f"rollout batch {i}, inner update {k}, problems {list(map(self.problems, self.micro_batches(i)))}"
-
-    def micro_batches(self, batch: int) -> list[int]:
-        """Global numbers of this process's micro-batches; two processes share what one would do in twice as many."""
-        first = batch * self.cfg.grad_accum * self.world + self.rank
-        return [first + i * self.world for i in range(self.cfg.grad_accum)]
-
-    def problems(self, micro: int) -> list[int]:
-        """Indices of the prompts of a micro-batch, bs_rl / G of them."""
-        count = self.cfg.bs_rl // self.cfg.group
-        return visits(self.cfg.seed, "rl_order", micro * count, count, len(self.examples))
-
-    @torch.no_grad()
-    def draw(self, micro: int) -> Rollout:
-        """Algorithm 1, lines 3 to 6: sample G completions a prompt, score them, compute advantages."""
-        cfg, tok = self.cfg, self.tokenizer
-        examples = [self.examples[i] for i in self.problems(micro) for _ in range(cfg.group)]
-        encoded = [encode_prompt(tok, self.ask(e)) for e in examples[:: cfg.group]]
-        cut = sum(len(p) > cfg.max_prompt for p in encoded) / len(encoded)
-        prompts = [p[-cfg.max_prompt :] for p in encoded for _ in range(cfg.group)]
-        prompt, real = pad_left(prompts, tok.pad_token_id, self.device)  # (B, P)
-        rows = range(micro * cfg.bs_rl, (micro + 1) * cfg.bs_rl)  # global numbers, which key the random streams
-        self.model.eval()
-        frames = list(diffuse_steps(
-            self.model, prompt, attention_mask=real, gen_length=cfg.gen_length, steps=cfg.diffusion_steps or None,
-            temperature=cfg.temperature, cache=cfg.rollout_cache, **decoding(tok, cfg) | {"edit_rate": 0.0},
-            generator=[stream(cfg.seed, "rollout", i) for i in rows]))
-        completion = frames[-1].ids[:, prompt.shape[1] :]  # (B, C)
-        texts = reply_texts(tok, completion)
-        scores = self.reward(texts, examples)
-        rewards = torch.tensor([sum(s.values()) for s in scores], device=self.device)  # (B,)
-        question = self.ask(examples[0])[-1]["content"].splitlines()[-1]
-        self.sample = f"{question} -> {texts[0]!r} (reward {rewards[0]:.2f})"
-        # [D2] official masks each completion's prompt anew and, under accumulation, meets half of the masks twice
-        #      (diffu_grpo_trainer.py:96, 373). here, as in Eq. (4): mu different q' a prompt, its group shares them.
-        hide = torch.zeros(cfg.mu, *real.shape, dtype=torch.bool, device=self.device)  # (mu, B, P)
-        for b, i in enumerate(rows):
-            tokens = torch.ones(cfg.mu, len(prompts[b]), dtype=torch.bool)
-            private = stream(cfg.seed, "hide", i // cfg.masks_shared_by())
-            hide[:, b, -len(prompts[b]) :] = draw_prompt_mask(tokens, cfg.pmask, private)
-        # [D9] official runs all mu masks in one forward, 7.7 GiB of logits at 8B. here: as many as --logits_gib holds.
-        live, advantages = live_tokens(completion, tok.eos_token_id), group_advantages(rewards, cfg.group)
-        size = max(1, cfg.logits_held(self.model.config) * cfg.masks_shared_by() // completion.numel())
-        def logps(model, hide):
-            return list(one_step_logps(model, prompt, completion, hide, tok.mask_token_id, real, live, size))
-        logp_old, logp_ref = [None, *logps(self.model, hide[1:])], []  # the first update starts from the old policy
-        if cfg.beta:
-            with self.reference() as ref:
-                logp_ref = logps(ref, hide)
-        parts = {f"reward/{k}": sum(s[k] for s in scores) / len(scores) for k in scores[0]} | {"prompts_cut": cut}
-        if cfg.rollout_cache != "none":
-            parts["cache_error"] = cache_error(self.model, frames, tok.mask_token_id, real)
-        return Rollout(prompt, real, completion, live, rewards, advantages, hide, logp_old, logp_ref, parts)
-
-    def update(self) -> dict[str, float]:
-        """Algorithm 1, lines 7 to 11: inner update k on its own prompt mask."""
-        batch, k = divmod(self.step, self.cfg.mu)
-        if k == 0 or not self.batch:
-            self.fill_model()
-            with precision(self.device):
-                self.batch = [self.draw(micro) for micro in self.micro_batches(batch)]
-            self.fill_model(empty=True)
-        eval_mode(self.net)
-        rows = []
-        for r in self.batch:
-            with self.part(last=r is self.batch[-1]), precision(self.device):
-                logp = one_step_logp(self.net, r.prompt, r.completion, r.hide[k], self.tokenizer.mask_token_id, r.real,
-                                     live=r.live)
-                loss, metrics = diffu_grpo_loss(
-                    logp, r.logp_old[k], r.logp_ref[k] if r.logp_ref else None, r.advantages, r.live,
-                    eps=self.cfg.eps, beta=self.cfg.beta, norm=self.cfg.norm)
-                self.backward(loss, 1 / len(self.batch))
-            row = {"loss": loss, "reward": r.rewards.mean(), "length": r.live.sum(1).float().mean(), **metrics,
-                   "entropy": -(logp * r.live).sum() / r.live.sum(),  # of phi, by the tokens that were drawn
-                   "reward_std": r.rewards.view(-1, self.cfg.group).std(1).mean()}  # within a group
-            rows.append({n: float(v.detach()) for n, v in row.items()} | r.parts)
-        self.seen.append(self.average(rows))
-        self.flat = 0 if self.seen[-1]["reward_std"] else self.flat + 1
-        return {**self.seen[-1], "grad_norm": self.apply_gradient(), "inner": k}
-
-    def check(self, screen: Screen) -> dict[str, float]:
-        """Score held-out problems; remember the best weights so far."""
-        screen.say(f"  sample: {self.sample}")
-        kl, entropy, error = (  # medians: a single token can throw one update's KL far out
-            sorted(m[k] for m in self.seen)[len(self.seen) // 2] if self.seen and k in self.seen[0] else math.nan
-            for k in ("kl", "entropy", "cache_error"))
-        self.seen = []
-        for wrong, text in (
-            (self.flat >= 5 * self.cfg.mu, f"{self.flat} updates in which all replies to a prompt earned the same"),
-            (kl > 1, f"KL {kl:.1f} nats a token: the policy has run away; lower --lr_rl or raise --beta"),
-            (entropy < 0.01, f"entropy {entropy:.3f} nats a token: replies hardly differ; raise --temperature"),
-            (error >= 0, f"off-policy rollouts: --rollout_cache changed a token's log p by {error:.3f} nats"),
-        ):
-            if wrong:
-                screen.say(f"  warning: {text}")
-        if self.heldout is None:
-            return {}
-        # [D18] official picks its best checkpoint on the test set. here: on held-out training data.
-        self.fill_model()
-        score = self.score = self.heldout(self.model)
-        self.fill_model(empty=True)
-        self.stale = 0 if self.best is None or score > self.best[0] else self.stale + 1
-        if self.best is None or score >= self.best[0]:
-            self.best = (score, self.step, [local(p).cpu().clone() for p in self.params])
-        return {"heldout_accuracy": score}
-
-    @torch.no_grad()
-    def finish(self, screen: Screen) -> None:
-        """Load the weights that scored best on held-out problems."""
-        if self.step < self.total:
-            screen.say(f"stopped at step {self.step}: no better held-out accuracy in {self.stale} checks (--patience)")
-        if self.best and self.best[1] != self.step:
-            screen.say(f"weights of step {self.best[1]} kept: held-out accuracy {100 * self.best[0]:.1f} %, the best; "
-                       f"the last, of step {self.step}, had {100 * self.score:.1f} %")
-            for p, best in zip(self.params, self.best[2], strict=True):
-                local(p).copy_(best)
-        super().finish(screen)
-
-def eval_mode(model) -> None:
+def without_dropout(model) -> None:
     """No dropout. Gradient checkpointing, which transformers does in training mode only, stays on."""
     model.eval()
     for module in model.modules():
@@ -2173,6 +2252,151 @@ def freeze_reference(model) -> Callable[[], contextlib.AbstractContextManager]:
             activate_adapters(model)
     return reference
 
+class DiffuGRPO(Stage):
+    """Stage 2: policy gradient with one-step log-probabilities.   d1 Algorithm 1, Sec. 3.2
+
+        repeat:  π_old ← π_θ;  q ~ D;  o_1 ... o_G ~ π_old(. | q);  r_i, A_i by Eq. (2)             `roll_out`
+                 for n = 1 ... μ:  q' ← q with each token masked with probability p_mask;
+                                   log φ_θ, φ_old, φ_ref of o_i given q';  a step up Eq. (4)        `update`
+
+    examples: problems; ask(example) -> chat; reward(texts, examples) -> one {name: value} a text,
+    summed. `heldout(model) -> score` chooses the best checkpoint, None = keep the last.
+    Streams, keyed by a row's number in the whole run: "rl_order" problems, "rollout" tokens, "hide" prompt masks.
+    """
+    name = "diffu_grpo"
+
+    def __init__(self, model, tokenizer, examples: Sequence[dict], ask: Callable, reward: Callable, cfg: Settings,
+                 out: Path, heldout: Callable | None = None):
+        check_positions(model, cfg.max_prompt + cfg.gen_length)
+        # [D8] official's reference sync does nothing under LoRA. here: pi_ref is the frozen start of stage 2.
+        self.reference = freeze_reference(model)
+        # [D6] official leaves LoRA dropout on in every pass. here: off, so the first ratio is exactly 1.
+        without_dropout(model)
+        super().__init__(model, tokenizer, cfg, out, cfg.lr_rl, cfg.wd_rl, cfg.clip_rl, cfg.steps_rl)
+        self.examples, self.ask, self.reward, self.heldout = examples, ask, reward, heldout
+        self.sample, self.seen = "", []  # seen: metrics since the last check
+
+    def batch_name(self) -> str:
+        i, k = divmod(self.step, self.cfg.mu)
+        return f"rollout batch {i}, inner update {k}, problems {list(map(self.problem_indices, self.micro_batches(i)))}"
+
+    def micro_batches(self, batch: int) -> list[int]:
+        """Global numbers of this process's micro-batches; two processes share what one would do in twice as many."""
+        first = batch * self.cfg.grad_accum * self.world + self.rank
+        return [first + i * self.world for i in range(self.cfg.grad_accum)]
+
+    def problem_indices(self, micro: int) -> list[int]:
+        """Indices of the prompts of a micro-batch, bs_rl / G of them."""
+        count = self.cfg.bs_rl // self.cfg.group
+        return visits(self.cfg.seed, "rl_order", micro * count, count, len(self.examples))
+
+    @torch.no_grad()
+    def roll_out(self, micro: int) -> Rollout:
+        """Algorithm 1, lines 3 to 6: G completions a prompt, rewards, advantages; line 9 for π_old and π_ref."""
+        cfg, tok = self.cfg, self.tokenizer
+        examples = [self.examples[i] for i in self.problem_indices(micro) for _ in range(cfg.group)]
+        asked, cut = encode_prompts(tok, map(self.ask, examples[:: cfg.group]), cfg.max_prompt)
+        prompts = [p for p in asked for _ in range(cfg.group)]
+        prompt, real = pad_left(prompts, tok.pad_token_id, self.device)  # (B, P)
+        rows = range(micro * cfg.bs_rl, (micro + 1) * cfg.bs_rl)  # global numbers, which key the random streams
+        self.model.eval()
+        frames = list(diffuse_steps(
+            self.model, prompt, attention_mask=real, gen_length=cfg.gen_length, steps=cfg.diffusion_steps or None,
+            temperature=cfg.temperature, cache=cfg.rollout_cache, **decoding(tok, cfg) | {"edit_rate": 0.0},
+            generator=[keyed_generator(cfg.seed, "rollout", i) for i in rows]))
+        completion = frames[-1].ids[:, prompt.shape[1] :]  # (B, C)
+        texts = reply_texts(tok, completion)
+        scores = self.reward(texts, examples)
+        rewards = torch.tensor([sum(s.values()) for s in scores], device=self.device)  # (B,)
+        question = self.ask(examples[0])[-1]["content"].splitlines()[-1]
+        self.sample = f"{question} -> {texts[0]!r} (reward {rewards[0]:.2f})"
+        # [D2] official masks each completion's prompt anew and, under accumulation, meets half of the masks twice
+        #      (diffu_grpo_trainer.py:96, 373). here, as in Eq. (4): mu different q' a prompt, its group shares them.
+        hide = torch.zeros(cfg.mu, *real.shape, dtype=torch.bool, device=self.device)  # (mu, B, P)
+        for b, i in enumerate(rows):
+            tokens = torch.ones(cfg.mu, len(prompts[b]), dtype=torch.bool)
+            private = keyed_generator(cfg.seed, "hide", i // cfg.masks_shared_by())
+            hide[:, b, -len(prompts[b]) :] = draw_prompt_mask(tokens, cfg.pmask, private)
+        live, advantages = live_tokens(completion, tok.eos_token_id), group_advantages(rewards, cfg.group)
+        # [D9] official runs all mu masks in one forward, 7.7 GiB of logits at 8B. here: as many as --logits_gib holds.
+        size = max(1, cfg.logits_held(self.model.config) * cfg.masks_shared_by() // completion.numel())
+        def logps(model, hide):
+            return list(one_step_logps(model, prompt, completion, hide, tok.mask_token_id, real, live, size))
+        logp_old, logp_ref = [None, *logps(self.model, hide[1:])], []  # the first update starts from the old policy
+        if cfg.beta:
+            with self.reference() as ref:
+                logp_ref = logps(ref, hide)
+        parts = {f"reward/{k}": sum(s[k] for s in scores) / len(scores) for k in scores[0]}
+        parts["prompts_cut"] = cut / len(asked)
+        if cfg.rollout_cache != "none":
+            parts["cache_error"] = cache_error(self.model, frames, tok.mask_token_id, real)
+        return Rollout(prompt, real, completion, live, rewards, advantages, hide, logp_old, logp_ref, parts)
+
+    def update(self) -> dict[str, float]:
+        """Algorithm 1, lines 7 to 10: inner update k on its own prompt mask."""
+        batch, k = divmod(self.step, self.cfg.mu)
+        if k == 0 or not self.batch:
+            self.fill_model()
+            with precision(self.device):
+                self.batch = [self.roll_out(micro) for micro in self.micro_batches(batch)]
+            self.fill_model(empty=True)
+        without_dropout(self.net)
+        rows = []
+        for r in self.batch:
+            with self.accumulate(last=r is self.batch[-1]), precision(self.device):
+                logp = one_step_logp(self.net, r.prompt, r.completion, r.hide[k], self.tokenizer.mask_token_id, r.real,
+                                     live=r.live)
+                loss, metrics = diffu_grpo_loss(
+                    logp, r.logp_old[k], r.logp_ref[k] if r.logp_ref else None, r.advantages, r.live,
+                    eps=self.cfg.eps, beta=self.cfg.beta, norm=self.cfg.norm)
+                self.backward(loss, 1 / len(self.batch))
+            row = {"loss": loss, "reward": r.rewards.mean(), "length": r.live.sum(1).float().mean(), **metrics,
+                   "entropy": -(logp * r.live).sum() / r.live.sum(),  # of phi, by the tokens that were drawn
+                   "reward_std": r.rewards.view(-1, self.cfg.group).std(1).mean()}  # within a group
+            rows.append({n: float(v.detach()) for n, v in row.items()} | r.parts)
+        self.seen.append(self.average(rows))
+        self.flat = 0 if self.seen[-1]["reward_std"] else self.flat + 1
+        return {**self.seen[-1], "grad_norm": self.apply_gradient(), "inner": k}
+
+    def check(self, screen: Screen) -> dict[str, float]:
+        """Score held-out problems; remember the best weights so far."""
+        if self.sample:  # a run resumed for this check has drawn nothing yet
+            screen.say(f"  sample: {self.sample}")
+        kl, entropy, error = (  # medians: a single token can throw one update's KL far out
+            sorted(m[k] for m in self.seen)[len(self.seen) // 2] if self.seen and k in self.seen[0] else math.nan
+            for k in ("kl", "entropy", "cache_error"))
+        self.seen = []
+        for wrong, text in (
+            (self.flat >= 5 * self.cfg.mu, f"{self.flat} updates in which all replies to a prompt earned the same"),
+            (kl > 1, f"KL {kl:.1f} nats a token: the policy has run away; lower --lr_rl or raise --beta"),
+            (entropy < 0.01, f"entropy {entropy:.3f} nats a token: replies hardly differ; raise --temperature"),
+            (error >= 0, f"off-policy rollouts: --rollout_cache changed a token's log p by {error:.3f} nats"),
+        ):
+            if wrong:
+                screen.say(f"  warning: {text}")
+        if self.heldout is None:
+            return {}
+        # [D18] official picks its best checkpoint on the test set. here: on held-out training data.
+        self.fill_model()
+        score = self.score = self.heldout(self.model)
+        self.fill_model(empty=True)
+        self.stale = 0 if self.best is None or score > self.best[0] else self.stale + 1
+        if self.best is None or score >= self.best[0]:
+            self.best = (score, self.step, [own_shard(p).cpu().clone() for p in self.params])
+        return {"heldout_accuracy": score}
+
+    @torch.no_grad()
+    def finish(self, screen: Screen) -> None:
+        """Load the weights that scored best on held-out problems."""
+        if self.step < self.total:
+            screen.say(f"stopped at step {self.step}: no better held-out accuracy in {self.stale} checks (--patience)")
+        if self.best and self.best[1] != self.step:
+            screen.say(f"weights of step {self.best[1]} kept: held-out accuracy {100 * self.best[0]:.1f} %, the best; "
+                       f"the last, of step {self.step}, had {100 * self.score:.1f} %")
+            for p, best in zip(self.params, self.best[2], strict=True):
+                own_shard(p).copy_(best)
+        super().finish(screen)
+
 # %% 12. Evaluation and Table 1 — Sec. 4
 PAPER_TABLE1 = {  # LLaDA-8B-Instruct at 128 / 256 / 512, d1 Table 1; a star marks second-hand cells
     "gsm8k": dict(base="68.7 76.7 78.2", sft="66.5* 78.8* 81.1*", diffu_grpo="72.6 79.8 81.9", d1="73.2 81.1 82.1"),
@@ -2205,15 +2429,7 @@ def evaluation_prompts(tokenizer, task: Task, examples: Sequence[dict], cfg: Set
     if cfg.preset == "official":
         asked = [encode_prompt(tokenizer, task.messages(e, task.system.replace(SYSTEM, EXPERT))) for e in examples]
         return [p + tokenizer.encode("<reasoning>", add_special_tokens=False) for p in asked], 0
-    asked = [encode_prompt(tokenizer, task.messages(e)) for e in examples]
-    return [p[-cfg.max_prompt :] for p in asked], sum(len(p) > cfg.max_prompt for p in asked)
-
-def decoding(tokenizer, cfg: Settings) -> dict[str, Any]:
-    """Options of `diffuse_steps` that rollouts, evaluation and chat take from the settings alike."""
-    return dict(mask_id=tokenizer.mask_token_id, eos_id=tokenizer.eos_token_id, stop_at_eos=True,
-                block_length=cfg.block_length, remasking=cfg.remasking, refresh=cfg.refresh,
-                edit_rate=cfg.edit_share * cfg.allow_edits,
-                delete_id=tokenizer.added_tokens_encoder.get(DELETE))
+    return encode_prompts(tokenizer, map(task.messages, examples), cfg.max_prompt)
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts: list[list[int]], cfg: Settings, gen_length: int,
@@ -2233,7 +2449,7 @@ def generate(model, tokenizer, prompts: list[list[int]], cfg: Settings, gen_leng
         with precision(device):
             out = diffuse_decode(model, ids, attention_mask=real, gen_length=gen_length, steps=cfg.eval_steps or None,
                                  cache=cfg.cache, threshold=cfg.threshold or None, **decoding(tokenizer, cfg),
-                                 generator=[stream(cfg.seed, "eval", i) for i in chosen])
+                                 generator=[keyed_generator(cfg.seed, "eval", i) for i in chosen])
         completion = out[:, ids.shape[1] :]  # (B, C)
         ended = (completion == tokenizer.eos_token_id).any(1)  # (B,)
         effective = live_tokens(completion, tokenizer.eos_token_id).sum(1) - ended.long()  # (B,) before the EOS
@@ -2307,6 +2523,30 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
     write_json(path, list(merged.values()))
     return entries
 
+def results_table(screen: Screen, entries: list[dict], cfg: Settings) -> None:
+    """Rows x tasks x lengths, each with its 95 % interval, and the paper's figure where the model is LLaDA."""
+    lengths, by_row, rows = sorted({e["gen_length"] for e in entries}), {}, []
+    for e in entries:
+        by_row.setdefault((e["task"], e["row"]), {})[e["gen_length"]] = e
+    for (task, row), made in by_row.items():
+        texts = {n: f"{100 * e['accuracy']:.1f} [{100 * e['low']:.0f}, {100 * e['high']:.0f}]" for n, e in made.items()}
+        one = next(iter(made.values()))
+        standin = cfg.preset == "tiny" and task in ("gsm8k", "math500") and not one["data"]
+        rows.append([task + " (stand-in)" * standin, ROW_TITLES[row], *(texts.get(n, "-") for n in lengths), one["n"]])
+        paper = dict(zip((128, 256, 512), PAPER_TABLE1.get(task, {}).get(row, "").split(), strict=False))
+        for score, scale in (("official", 100), ("cells", 100), ("mean_reward", 1)):
+            if score in one and (score != "official" or task in TASKS):
+                texts = {n: f"{scale * e[score]:.1f}         " for n, e in made.items()}
+                if score == "official" and ALIASES["llada/llada-8b-instruct"] == origin_of(cfg.model):  # as the paper's
+                    texts |= {n: f"{texts.get(n, '-').strip()} (paper {figure})" for n, figure in paper.items()}
+                rows.append(["", score, *(texts.get(n, "-") for n in lengths), ""])
+    title = "Accuracy, %: strict grading, greedy, 95 % Wilson interval"
+    other = ", ".join(f"{name} {value}" for name, value in other_decoding(cfg).items())
+    title += f"; other decoding than the paper's: {other}" * bool(other)
+    title += "; stand-in = generated problems, not the benchmark" * any("stand-in" in row[0] for row in rows)
+    title += "; * = known second-hand" * ("*)" in str(rows))
+    screen.table(title, ["task", "row", *(f"length {n}" for n in lengths), "n"], rows)
+
 # %% 13. Checkpoint and resume
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
@@ -2357,35 +2597,6 @@ def stop_signals() -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-def read_log(path: Path) -> list:
-    """The rows of a JSONL log, less a line that a kill cut short; none if there is no file."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-def append_jsonl(path: Path, row: dict) -> None:
-    """Add one line to a log; one process does."""
-    if processes().is_main_process:
-        with path.open("a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
-
-def whole(x):
-    """A tensor that FSDP shards, put together by all processes; anything else as it is."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-def local(p: Tensor) -> Tensor:
-    """This process's piece of a tensor that FSDP shards; any other tensor as it is. Without gradient."""
-    return p.detach().to_local() if hasattr(p, "to_local") else p.detach()
-
-def shard_like(x: Tensor, p: Tensor) -> Tensor:
-    """A piece of the optimizer's state, as FSDP has it for a parameter p that it shards."""
-    from torch.distributed.tensor import DTensor
-    if not isinstance(p, DTensor) or x.ndim == 0:
-        return x
-    return DTensor.from_local(x.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
-
 SAVED = ("step", "best", "stale", "score", "flat", "skipped", "owed")  # of a stage's attributes
 
 def save_trainer(stage: Stage) -> None:
@@ -2394,8 +2605,8 @@ def save_trainer(stage: Stage) -> None:
     Where the state is sharded it is a file a process. It counts once manifest.json, written last, has its checksums.
     """
     from accelerate.utils import gather_object, send_to_device
-    weights, optimizer = [local(p) for p in stage.params], stage.adam.state_dict()
-    folder, name = stage.out / "trainer", f"{stage.name}-{stage.step}{stage.share}.pt"
+    weights, optimizer = [own_shard(p) for p in stage.params], stage.adam.state_dict()
+    folder, name = stage.out / "trainer", f"{stage.name}-{stage.step}{stage.shard_suffix}.pt"
     folder.mkdir(parents=True, exist_ok=True)
     finite = all(bool(torch.isfinite(w).all()) for w in weights)
     size, free = sum(4 * w.nbytes for w in weights), shutil.disk_usage(folder).free  # with AdamW's two, and the best
@@ -2405,18 +2616,18 @@ def save_trainer(stage: Stage) -> None:
     if not all(room for _, room in states):
         raise Stopped(f"{folder} has room for {free / 2**30:.2f} GiB, and a checkpoint may take {size / 2**30:.2f}; "
                       "what was saved before is kept: make room and --resume")
-    optimizer["state"] = {i: {k: local(v) for k, v in of_p.items()} for i, of_p in optimizer["state"].items()}
+    optimizer["state"] = {i: {k: own_shard(v) for k, v in of_p.items()} for i, of_p in optimizer["state"].items()}
     batch = send_to_device([vars(r) for r in stage.batch], "cpu") if stage.step % stage.cfg.mu else []
-    state = dict(weights=weights, optimizer=optimizer, batch=batch if stage.share else gather_object(batch),
+    state = dict(weights=weights, optimizer=optimizer, batch=batch if stage.shard_suffix else gather_object(batch),
                  settings=dataclasses.asdict(stage.cfg), **{k: getattr(stage, k) for k in SAVED})
-    write_whole(folder / name, lambda part: torch.save(state, part), everyone=bool(stage.share))
+    write_whole(folder / name, lambda part: torch.save(state, part), everyone=bool(stage.shard_suffix))
     with refusing(f"cannot read {folder / name} back", Stopped):
-        own = [(name, checksum(folder / name))] if stage.share or stage.rank == 0 else []
+        own = [(name, checksum(folder / name))] if stage.shard_suffix or stage.rank == 0 else []
     files = dict(gather_object(own))
     if stage.rank == 0:
         manifest = read_json(folder / "manifest.json")
         earlier = {step: known for step, known in manifest.get(stage.name, {}).items() if int(step) < stage.step}
-        manifest[stage.name] = dict([*earlier.items(), (str(stage.step), files)][-stage.cfg.keep :])
+        manifest[stage.name] = dict([*earlier.items(), (str(stage.step), files)][-stage.cfg.save_total_limit :])
         write_json(folder / "manifest.json", manifest)
         for file in folder.glob(f"{stage.name}-*.pt"):
             if not any(file.name in files for files in manifest[stage.name].values()):
@@ -2435,7 +2646,7 @@ def whole_checkpoint(stage: Stage, screen: Screen) -> Path | None:
             break
     saved, found = broadcast_object_list([saved, found])  # all processes take the same
     for step, files in found.items():
-        if (name := f"{stage.name}-{step}{stage.share}.pt") in files:
+        if (name := f"{stage.name}-{step}{stage.shard_suffix}.pt") in files:
             return folder / name
         raise UserError(f"{folder / min(files)} is of another number of processes or sharding: launch as before")
     if saved:
@@ -2454,7 +2665,7 @@ def load_trainer(stage: Stage, screen: Screen) -> bool:
                     raise ValueError(f"give --allow_changed, or the flags of then: {', '.join(changed)}")
                 screen.say(f"  changed since then: {', '.join(changed)}")
             for p, saved in zip(stage.params, state["weights"], strict=True):
-                local(p).copy_(saved)
+                own_shard(p).copy_(saved)
             if stage.engine:
                 stage.engine.optimizer.refresh_fp32_params()  # its own copy of the weights
             for i, of_p in state["optimizer"].get("state", {}).items():
@@ -2462,8 +2673,8 @@ def load_trainer(stage: Stage, screen: Screen) -> bool:
             stage.adam.load_state_dict(state["optimizer"])
             for name in SAVED:
                 setattr(stage, name, state[name])
-            own = len(state["batch"]) // (1 if stage.share else stage.world)
-            mine = state["batch"] if stage.share else state["batch"][stage.rank * own :][:own]
+            own = len(state["batch"]) // (1 if stage.shard_suffix else stage.world)
+            mine = state["batch"] if stage.shard_suffix else state["batch"][stage.rank * own :][:own]
             if mine and (changed or own != stage.cfg.grad_accum):
                 screen.say("  warning: it stopped between inner updates, and its rollouts no longer fit: drawn anew")
             else:
@@ -2473,7 +2684,7 @@ def load_trainer(stage: Stage, screen: Screen) -> bool:
     return path is not None
 
 FREE = ("resume", "auto_resume", "allow_changed", "output_dir", "config", "threads", "debug", "skip_eval", "dry_run",
-        "keep", "max_skips", "report_to", "smoke", "sweep", "sweep_space")  # flags that cannot change a run's result
+        "save_total_limit", "max_skips", "report_to", "smoke", "sweep", "sweep_space", "explain")  # change no result
 
 def changed_settings(then: dict, now: Settings, *free: str) -> list[str]:
     """Flags of a saved run that are not as now, but for those of FREE and `free`."""
@@ -2537,7 +2748,7 @@ class Screen:
         self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console, disable=not self.live,
                             transient=name.startswith("eval"), speed_estimate_period=3600)  # not 30 s
         self.bar.add_task(name, total=total, completed=done, note="")
-        self.first, self.said, self.shown = done, time.monotonic(), {}
+        self.said, self.shown = time.monotonic(), {}
         self.bar.start()
 
     def advance(self, metrics: dict, n: int = 1) -> None:
@@ -2549,8 +2760,7 @@ class Screen:
         self.bar.update(task.id, advance=n, note=note)
         if not self.live and time.monotonic() - self.said > 15:
             self.said = time.monotonic()
-            left = task.elapsed / max(task.completed - self.first, 1) * (task.total - task.completed)
-            self.say(f"{task.description} {task.completed}/{task.total}  {note}  {left:.0f} s left")
+            self.say(f"{task.description} {task.completed}/{task.total}  {note}  {task.time_remaining or 0:.0f} s left")
 
     def stop(self) -> None:
         if self.bar:
@@ -2565,28 +2775,19 @@ class Screen:
             table.add_row(*map(str, row))
         self.console.print(table)
 
-def results_table(screen: Screen, entries: list[dict], cfg: Settings) -> None:
-    """Rows x tasks x lengths, each with its 95 % interval, and the paper's figure where the model is LLaDA."""
-    lengths, by_row, rows = sorted({e["gen_length"] for e in entries}), {}, []
-    for e in entries:
-        by_row.setdefault((e["task"], e["row"]), {})[e["gen_length"]] = e
-    for (task, row), made in by_row.items():
-        texts = {n: f"{100 * e['accuracy']:.1f} [{100 * e['low']:.0f}, {100 * e['high']:.0f}]" for n, e in made.items()}
-        if task in PAPER_TABLE1 and "llada" in cfg.model.lower():
-            paper = zip((128, 256, 512), PAPER_TABLE1[task][row].split(), strict=True)
-            texts |= {n: f"{texts.get(n, '-')} (paper {figure})" for n, figure in paper}
-        one, shares = next(iter(made.values())), [texts.get(n, "-") for n in lengths]
-        standin = cfg.preset == "tiny" and task in ("gsm8k", "math500") and not one["data"]
-        rows.append([task + " (stand-in)" * standin, ROW_TITLES[row], *shares, one["n"]])
-        for score, scale in (("official", 100), ("cells", 100), ("mean_reward", 1)):
-            if score in one and (score != "official" or task in TASKS):
-                shares = (f"{scale * made[n][score]:.1f}         " if n in made else "-" for n in lengths)
-                rows.append(["", score, *shares, ""])
-    title = "Accuracy, %: strict grading, greedy, 95 % Wilson interval"
-    other = ", ".join(f"{name} {value}" for name, value in other_decoding(cfg).items())
-    title += f"; other decoding than the paper's: {other}" * bool(other)
-    title += "; stand-in = generated problems, not the benchmark" * any("stand-in" in row[0] for row in rows)
-    screen.table(title, ["task", "row", *(f"length {n}" for n in lengths), "n"], rows)
+def read_log(path: Path) -> list:
+    """The rows of a JSONL log, less a line that a kill cut short; none if there is no file."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+def append_jsonl(path: Path, row: dict) -> None:
+    """Add one line to a log; one process does."""
+    if processes().is_main_process:
+        with path.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
 
 def plot_curves(out: Path) -> None:
     """curves.png from metrics.jsonl: pre-training and SFT loss, RL reward, KL, and held-out accuracy."""
@@ -2610,15 +2811,6 @@ def plot_curves(out: Path) -> None:
     write_whole(out / "curves.png", lambda part: figure.savefig(part, format="png", dpi=120))
 
 # %% 15. Chat, streaming and pipeline
-def reply_ids(tokenizer, row: Tensor, stop: str = "") -> list[int]:
-    """The tokens of a reply (C,) so far, without masks: those before its first EOS, and before the stop text."""
-    ids = [i for i in row.tolist() if i != tokenizer.mask_token_id]
-    ids = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
-    end = tokenizer.decode(ids, skip_special_tokens=True).find(stop) if stop else -1
-    while end >= 0 and len(tokenizer.decode(ids, skip_special_tokens=True)) > end:
-        ids.pop()
-    return ids
-
 def streamed(frames: Iterable[Frame], streamer, tokenizer, plen: int, block_length: int,
              stop: str = "") -> Iterator[Frame]:
     """Pass on the frames of one prompt, and show them by a transformers.TextDiffusionStreamer.
@@ -2788,7 +2980,7 @@ def chat(cfg: Settings, screen: Screen) -> None:
                     prompt, cut = chat_prompt(tokenizer, cfg, asked, context)
                     if cut and not told:
                         screen.say(f"the chat is over the model's {context} tokens: its oldest part is forgotten")
-                    steps = replies(model, tokenizer, [prompt], cfg, stream(cfg.seed, "chat", turn))
+                    steps = replies(model, tokenizer, [prompt], cfg, keyed_generator(cfg.seed, "chat", turn))
                     text = show_reply(steps, len(prompt), tokenizer, cfg, screen)
                     history, told = [*asked, {"role": "assistant", "content": text}], told or cut
             except UserError as e:
@@ -2812,7 +3004,7 @@ def web_reply(model, tokenizer, cfg: Settings, say: Callable, message: str, hist
         return say(str(e))
     if cut:
         say(f"the chat is over the model's {context} tokens: its oldest part is not seen")
-    for texts, frame in replies(model, tokenizer, [prompt], cfg, stream(cfg.seed, "chat", len(history) // 2)):
+    for texts, frame in replies(model, tokenizer, [prompt], cfg, keyed_generator(cfg.seed, "chat", len(history) // 2)):
         text = texts[0]
         yield render(frame, len(prompt), tokenizer, cfg.block_length).plain
     yield text
@@ -2841,7 +3033,6 @@ def text_diffusion_pipeline() -> type:
     """Make TextDiffusionPipeline, and register it with transformers as text-diffusion."""
     import transformers
     from transformers.pipelines import PIPELINE_REGISTRY
-    draw = stream  # whose name is an option's below
     class TextDiffusionPipeline(transformers.Pipeline):
         """Replies to a text, a chat (a list of messages) or a list of these; a text is a chat's first message.
 
@@ -2855,8 +3046,8 @@ def text_diffusion_pipeline() -> type:
 
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
-            if not sees_right(self.model.eval()):  # an adapter's base, as transformers loads it
-                raise UserError(f"{self.model.name_or_path} sees the left only: give what --export hf has written")
+            if not is_bidirectional(self.model.eval()):  # an adapter's base, as transformers loads it
+                raise UserError(f"{self.model.name_or_path} attends to the left only: use what --export hf has written")
 
         def _sanitize_parameters(self, **options):
             options = {name: value for name, value in options.items() if value is not None}
@@ -2893,7 +3084,7 @@ def text_diffusion_pipeline() -> type:
             if (longest := max(map(len, prompts))) + 2 * cfg.block_length > context:
                 raise UserError(f"a prompt of {longest} tokens and two blocks are over the model's {context} tokens")
             streamer = transformers.TextDiffusionStreamer(self.tokenizer, skip_special_tokens=True) if stream else None
-            draws = [draw(cfg.seed, "pipeline", inputs["first"] + i) for i in range(len(prompts))]
+            draws = [keyed_generator(cfg.seed, "pipeline", inputs["first"] + i) for i in range(len(prompts))]
             *_, (texts, _) = replies(self.model, self.tokenizer, prompts, cfg, draws, streamer)
             return {"texts": texts}
 
@@ -2910,7 +3101,7 @@ def __getattr__(name: str) -> Any:
         return text_diffusion_pipeline()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-# %% 16. Main — settings, launch, smoke, sweep, dry run
+# %% 16. Main — flags, runs, dry run, smoke, sweep, explain
 def parse_words(words: Sequence[str] | None) -> dict[str, Any]:
     """The values of the flags, one per field of Settings, among command-line words. UserError on another word."""
     parser = argparse.ArgumentParser(
@@ -2996,8 +3187,11 @@ def validate(cfg: Settings) -> None:
          f"--task table1 trains all rows of its table: give a model that neither stage has trained, not {cfg.model}"),
         (cfg.t_low > cfg.t_high, f"--t_low {cfg.t_low} must not be above --t_high {cfg.t_high}"),
         (cfg.edit_rate and cfg.use_lora and cfg.trains(), "--edit_rate teaches a token: without --use_lora"),
-        (cfg.sft_data == "talk" and (cfg.task != "sft_only" or cfg.data),
-         "--sft_data talk is for --task sft_only, without --data"),
+        (cfg.data and cfg.task in ("sft_only", "table1"),
+         f"--data is problems of one benchmark, and --task {cfg.task} has four; traces are given by --sft_data"),
+        (cfg.sft_data == "talk" and cfg.task != "sft_only", "--sft_data talk is for --task sft_only"),
+        (cfg.report_to != "none" and not cfg.trains(), "--report_to needs a run that trains"),
+        (cfg.patience and cfg.task not in (*RL_TASKS, "table1"), "--patience needs stage 2: --task with a benchmark"),
         (cfg.threshold and cfg.remasking != "low_confidence", "--threshold goes with --remasking low_confidence"),
         (cfg.bs_rl % cfg.group, f"--bs_rl {cfg.bs_rl} must be a multiple of --group {cfg.group}"),
         (cfg.eval_only and cfg.task not in RL_TASKS, f"--eval_only needs a benchmark: --task {', '.join(RL_TASKS)}"),
@@ -3009,7 +3203,7 @@ def validate(cfg: Settings) -> None:
         (not cfg.task and cfg.model in EMBEDDED, "--export without --task converts a checkpoint: give --model"),
         (cfg.task == "sft_only" and cfg.skip_sft, "--task sft_only and --skip_sft leave nothing to do"),
         ((cfg.from_scratch or cfg.model in EMBEDDED) and (cfg.use_lora or cfg.load_4bit),
-         "random weights are trained without --use_lora and --load_4bit first"),
+         "random weights have nothing to adapt or to pack: leave out --use_lora and --load_4bit"),
         (cfg.load_4bit and cfg.trains() and not cfg.use_lora, "--load_4bit weights cannot be trained: add --use_lora"),
         (cfg.load_4bit and cfg.export, "--export needs unpacked weights: export the saved adapter without --load_4bit"),
         (bool(cfg.sweep) != bool(cfg.sweep_space), "--sweep N and --sweep_space FILE.yaml go together"),
@@ -3029,225 +3223,6 @@ def validate(cfg: Settings) -> None:
     for source in filter(None, (cfg.data, cfg.sft_data)):
         if source != "talk" and (cfg.task != "pretrain" or not Path(source).is_dir()):
             check_source(source, ROW_FILES + TEXT_FILES * (cfg.task == "pretrain"))
-
-def texts_of(data: str) -> Iterator[str]:
-    """The texts of a file, of a folder's files or of a streamed hub set, as they are needed."""
-    import datasets
-    path = Path(data)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (*TEXT_FILES, *ROW_FILES))
-    for file in files:
-        if file.suffix in TEXT_FILES:
-            with refusing(f"cannot read {file}"):
-                yield file.read_text(encoding="utf-8-sig")
-        else:
-            for number, row in enumerate(read_rows(str(file), "train"), 1):
-                if not isinstance(row.get("text"), str):
-                    raise UserError(f"{file}, row {number}: no column text; it has {', '.join(map(str, row))}")
-                yield row["text"]
-    if path.exists() and not files:
-        raise UserError(f"{data} holds no {', '.join(TEXT_FILES + ROW_FILES)} file")
-    if not path.exists():
-        with refusing(f"cannot read {data}; without a network give a local file"):
-            ask_hub(data.split(":")[0], "dataset")
-            for row in datasets.load_dataset(*data.split(":"), split="train", streaming=True):
-                yield row["text"]
-
-def with_data_ratio(cfg: Settings, parameters: int) -> Settings:
-    """The settings with as many SFT steps as --data_ratio asks for, if it does."""
-    steps = math.ceil(cfg.data_ratio * parameters / (cfg.bs_sft * cfg.sft_length)) or cfg.steps_sft
-    return dataclasses.replace(cfg, steps_sft=steps)
-
-def pretraining_rows(cfg: Settings, tokenizer, screen: Screen) -> list[tuple[Tensor, int]]:
-    """Packed text as (ids, no prompt), as much of it as the steps need."""
-    seen = cfg.steps_sft * cfg.bs_sft * cfg.sft_length
-    needed = seen * 102 // 100 + cfg.sft_length  # 1 % is held out
-    rows = pack(texts_of(cfg.data) if cfg.data else world_texts(cfg.seed), tokenizer, cfg.sft_length, needed)
-    screen.say(f"{cfg.data or 'generated text'}: {rows.numel():,} tokens in rows of {cfg.sft_length}; "
-               f"{cfg.steps_sft:,} updates see {seen:,}, {seen / rows.numel():.1f} epochs")
-    return [(row, 0) for row in rows]
-
-def chat_turns(tokenizer, messages: Any, size: int) -> list[tuple[list[int], int]]:
-    """A row for each of the assistant's turns, all before it as the prompt: a reply never sees what came after it.
-
-    So LLaDA is trained on chats (arXiv 2502.09992, App. B.1); the chat template says where the reply begins. One row
-    that is all prompt stands for a chat that is none.
-    """
-    import jinja2
-    good = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i] if good else []
-    try:
-        return [encode_example(tokenizer, messages[:i], messages[i]["content"]) for i in turns] or [([], size)]
-    except jinja2.TemplateError:  # a template may refuse a system text, or two turns of one speaker
-        return [([], size)]
-
-def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) -> list[tuple[list[int], int]]:
-    """The SFT corpus as (ids, prompt_len): demonstrations, most careless, or a file's traces; bad rows are named."""
-    if cfg.task == "pretrain":
-        return pretraining_rows(cfg, tokenizer, screen)
-    if cfg.sft_data in ("", "talk"):
-        rng, rows = random.Random(f"sft/{cfg.seed}"), []
-        for task in tasks:
-            for example in task.examples("train", cfg.n_traces, seed=cfg.seed):
-                reply = task.demonstrate(example, rng, careful=rng.random() < task.careful)
-                rows.append(encode_example(tokenizer, task.messages(example), reply))
-        if cut := sum(len(ids) > cfg.sft_length for ids, _ in rows):
-            screen.say(f"{cut} of {len(rows)} generated traces are cut at --sft_length {cfg.sft_length}")
-        return rows
-    size, traces = cfg.sft_length, {}  # by row number, and turn of a chat
-    for number, row in enumerate(read_rows(cfg.sft_data, "train"), 1):
-        if "messages" in row:
-            pairs = enumerate(chat_turns(tokenizer, row["messages"], size))
-            traces |= {(number, turn): pair for turn, pair in pairs}
-            continue
-        question, reply, thoughts, attempt = map(row.get, ("question", "reply", "thinking_trajectories", "attempt"))
-        if reply is None and isinstance(row.get("answer"), str) and "####" in row["answer"]:  # GSM8K
-            thoughts, attempt = map(str.strip, row["answer"].split("####", 1))
-        thoughts = thoughts[0] if isinstance(thoughts, list) and thoughts else thoughts
-        if thoughts and isinstance(thoughts, str) and isinstance(attempt, str):
-            reply = f"<reasoning>\n{thoughts}\n</reasoning>\n<answer>\n{attempt}\n</answer>"
-        usable = all(text and isinstance(text, str) for text in (question, reply))
-        chat = [{"role": "user", "content": f"{SYSTEM}\n\n{question}"}]
-        traces[number, 0] = encode_example(tokenizer, chat, reply) if usable else ([], size)
-    rows = [(ids, prompt_len) for ids, prompt_len in traces.values() if prompt_len < size]
-    if not rows:
-        raise UserError(f"{cfg.sft_data}: no usable row; needs texts in the columns question, thinking_trajectories, "
-                        f"attempt (s1K), question, answer (GSM8K), question, reply or messages (chats), "
-                        f"and a --sft_length over {size}")
-    screen.say(f"{cfg.sft_data}: {len(rows)} traces")
-    bad = [n for (n, _), (_, prompt_len) in traces.items() if prompt_len >= size]
-    long = [n for (n, _), (ids, prompt_len) in traces.items() if len(ids) > size > prompt_len]
-    for numbers, why in ((bad, "malformed or all prompt, left out"), (long, f"cut at --sft_length {size}")):
-        if numbers:
-            screen.say(f"  {len(numbers)} {why}: row number {str(numbers[:8])[1:-1]}{', ...' * (len(numbers) > 8)}")
-    return rows
-
-def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
-    """The problems of a split: generated; or of a file or hub set, split by a hash of each row if it has no "test"."""
-    source = cfg.data or ("" if cfg.preset == "tiny" else (task.hub_test if split == "test" else "") or task.hub)
-    if not source:
-        draws = -(-cfg.steps_rl // cfg.mu) * cfg.grad_accum * (cfg.bs_rl // cfg.group)
-        sizes = {"train": max(min(draws, 20000), 1), "heldout": 128, "test": cfg.limit or 256}
-        return task.examples(split, sizes[split], seed=cfg.seed if split == "train" else 0)
-    import datasets
-    own_test = False  # a hub set may have a test split
-    with refusing(f"cannot read {source}; without a network give a local file"):
-        if not Path(source).is_file():
-            ask_hub(source.split(":")[0], "dataset")
-            own_test = "test" in datasets.get_dataset_split_names(*source.split(":"))
-    rows = task.examples("test" if split == "test" and own_test else "train", data=source)
-    rows = [r for r in rows if source != task.hub or task.hub_keeps(r)]
-    if split != "test" or not (own_test or (cfg.eval_only and cfg.data)):
-        parts = (split, "test") if split == "train" and own_test else (split,)
-        rows = [r for r in rows if split_of(task.key(r)) in parts]
-    if not rows:
-        raise UserError(f"{source} has no problems for the {split} split")
-    return rows[: cfg.limit or (not cfg.data and task.tests) or None] if split == "test" else rows
-
-def say_sizes(task: Task, splits: dict[str, list[dict]], screen: Screen) -> None:
-    """Print how many problems each split has, and how many are in two."""
-    keys = {name: set(map(task.key, rows)) for name, rows in splits.items()}
-    sizes = ", ".join(f"{name} {len(rows):,} ({len(keys[name]):,} different)" for name, rows in splits.items())
-    shared = sum(len(keys[a] & keys[b]) for a, b in itertools.combinations(keys, 2))
-    screen.say(f"{task.name} problems: {sizes}; in two splits: {shared}")
-
-def prepare_folder(cfg: Settings, out: Path, screen: Screen) -> contextlib.AbstractContextManager:
-    """Make the run's folder, locked; an earlier run in it is moved aside, unless it is resumed or only evaluated."""
-    import filelock
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0)  # the system frees it when a run dies
-    if processes().is_main_process:
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise UserError(f"another run works in {out}: wait for it, or give another --output_dir") from None
-    if processes().is_main_process and (out / "metrics.jsonl").exists() and not (cfg.resume or cfg.eval_only):
-        source = Path(cfg.model).resolve()
-        if cfg.model not in EMBEDDED and out.resolve() in [source, *source.parents]:
-            raise UserError(f"--model {cfg.model} lies in {out}, where this run would write: give another --output_dir")
-        aside = next(p for i in itertools.count(1) if not (p := out.with_name(f"{out.name}.old{i}")).exists())
-        out.rename(aside)
-        screen.say(f"an earlier run was in {out}; it is now in {aside}")
-    out.mkdir(parents=True, exist_ok=True)
-    processes().wait_for_everyone()
-    return lock
-
-def run_stage(stage: Stage, stages: list[str], cfg: Settings, screen: Screen) -> None:
-    """Resume if asked, train, export with what d1_state.json tells: stages passed, settings, versions, commit, argv."""
-    import transformers
-    if cfg.resume:
-        begins = f"resumed after step {stage.step}" if load_trainer(stage, screen) else "from the start"
-        screen.say(f"{stage.name}: {begins}")
-    stage.run(screen)
-    stage.finish(screen)
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
-    state = dict(stages=stages, preset=cfg.preset, origin=cfg.model, settings=dataclasses.asdict(cfg),
-                 argv=sys.argv[1:], versions=versions, commit=commit or None)
-    export_model(stage.model, stage.tokenizer, stage.out, state)
-    if cfg.export:
-        export_model(stage.model, stage.tokenizer, stage.out / cfg.export, form=cfg.export)
-    plot_curves(stage.out)
-    processes().wait_for_everyone()
-
-def tasks_of(cfg: Settings) -> list[Task]:
-    """The benchmarks that a run deals with."""
-    if cfg.task == "custom":
-        return [Custom(cfg.reward, cfg.reward_errors == "zero")]
-    if cfg.sft_data == "talk":
-        return [Talk()]
-    return [task for task in TASKS.values() if cfg.task in (task.name, "sft_only", "table1")]
-
-def stages_passed(cfg: Settings) -> list[str]:
-    """The stages that have trained --model."""
-    return [] if cfg.from_scratch else list(read_json(Path(cfg.model, "d1_state.json")).get("stages", []))
-
-def load_data(cfg: Settings, tasks: list[Task], tokenizer, screen: Screen) -> tuple[dict[Task, dict], list]:
-    """What a run works on: {task: {split: problems}} and the traces of stage 1, none if it has no stage 1."""
-    names = ("train", "heldout", "test") if cfg.reinforces() else ("test",) * cfg.evaluates()
-    splits = {task: {name: problems_of(cfg, task, name) for name in names} for task in tasks}
-    taught = cfg.reinforces() and (cfg.skip_sft or "sft" in stages_passed(cfg))
-    return splits, [] if cfg.eval_only or taught else sft_rows(cfg, tokenizer, tasks, screen)
-
-def run_stages(cfg: Settings, screen: Screen, out: Path, before: bool = True) -> list[dict]:
-    """Stage 1 if needed, evaluation, stage 2 on a benchmark, evaluation. Returns the entries of eval.json it made."""
-    from accelerate.utils import gather_object
-    tasks = tasks_of(cfg)
-    model, tokenizer = open_model(cfg, screen)
-    cfg = with_data_ratio(cfg, sum(p.numel() for p in model.parameters()))
-    stages = stages_passed(cfg)
-    evaluates = cfg.evaluates()
-    splits, traces = load_data(cfg, tasks, tokenizer, screen)
-    _lock = prepare_folder(cfg, out, screen)  # held as long as this function runs
-    def look() -> list[dict]:
-        after = [s for s in stages if s != "pretrain"]
-        row = "d1" if {"sft", "diffu_grpo"} <= set(after) else ["base", *after][-1]
-        return [e for t, split in splits.items()
-                for e in evaluate(model, tokenizer, t, split["test"], cfg, row, out, screen)]
-    for task, split in splits.items() if cfg.task in RL_TASKS else ():
-        say_sizes(task, split, screen)
-        if cfg.data and task.name in TASKS:
-            n, keys = len(split["test"]), map(task.key, split["test"])
-            seen = sum(split_of(key) == "train" for key in keys if key.startswith(task.name + "/"))
-            screen.say(f"{cfg.data}: {n} problems, {seen} of them (sudoku: grids) in the embedded training split")
-    if traces:
-        stage = Pretraining if cfg.task == "pretrain" else MaskedSFT
-        stages = [s for s in stages if s == "pretrain" != stage.name] + [stage.name]
-        run_stage(stage(model, tokenizer, traces, cfg, out), stages, cfg, screen)
-    if not cfg.reinforces():
-        return look() if evaluates else []
-    entries, task, split = look() if before and evaluates else [], tasks[0], splits[tasks[0]]
-    stages = [s for s in stages if s != "diffu_grpo"] + ["diffu_grpo"]
-    heldout = split["heldout"][: cfg.limit or 128]
-    asked = evaluation_prompts(tokenizer, task, heldout, cfg)[0]
-    def check(model) -> float:
-        replies = gather_object([r for batch in generate(model, tokenizer, asked, cfg, cfg.gen_length) for r in batch])
-        grades = [task.grade(reply["generations"], heldout[i]) for i, reply in replies]
-        return sum(getattr(g, task.aim) for g in grades) / len(grades)
-    pay = functools.partial(task.pay, official=cfg.preset == "official")
-    run_stage(DiffuGRPO(model, tokenizer, split["train"], task.messages, pay, cfg, out, check), stages, cfg, screen)
-    return entries + (look() if evaluates else [])
 
 def open_model(cfg: Settings, screen: Screen):
     """Load model and tokenizer as the settings say, and print what came."""
@@ -3288,6 +3263,91 @@ def open_model(cfg: Settings, screen: Screen):
     screen.say(f"preset {cfg.preset}, seed {cfg.seed}; {str(model.dtype).split('.')[1]}; {machine}")
     return model, tokenizer
 
+def with_data_ratio(cfg: Settings, parameters: int) -> Settings:
+    """The settings with as many SFT steps as --data_ratio asks for, if it does."""
+    steps = math.ceil(cfg.data_ratio * parameters / (cfg.bs_sft * cfg.sft_length)) or cfg.steps_sft
+    return dataclasses.replace(cfg, steps_sft=steps)
+
+def prepare_folder(cfg: Settings, out: Path, screen: Screen) -> contextlib.AbstractContextManager:
+    """Make the run's folder, locked; an earlier run in it is moved aside, unless it is resumed or only evaluated."""
+    import filelock
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0)  # the system frees it when a run dies
+    if processes().is_main_process:
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UserError(f"another run works in {out}: wait for it, or give another --output_dir") from None
+    if processes().is_main_process and (out / "metrics.jsonl").exists() and not (cfg.resume or cfg.eval_only):
+        source = Path(cfg.model).resolve()
+        if cfg.model not in EMBEDDED and out.resolve() in [source, *source.parents]:
+            raise UserError(f"--model {cfg.model} lies in {out}, where this run would write: give another --output_dir")
+        aside = next(p for i in itertools.count(1) if not (p := out.with_name(f"{out.name}.old{i}")).exists())
+        out.rename(aside)
+        screen.say(f"an earlier run was in {out}; it is now in {aside}")
+    out.mkdir(parents=True, exist_ok=True)
+    processes().wait_for_everyone()
+    return lock
+
+def run_stage(stage: Stage, stages: list[str], cfg: Settings, screen: Screen) -> None:
+    """Resume if asked, train, export with what d1_state.json tells: stages passed, settings, versions, commit, argv."""
+    import transformers
+    if cfg.resume:
+        begins = f"resumed after step {stage.step}" if load_trainer(stage, screen) else "from the start"
+        screen.say(f"{stage.name}: {begins}")
+    stage.run(screen)
+    stage.finish(screen)
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
+    state = dict(stages=stages, preset=cfg.preset, origin=origin_of(cfg.model), settings=dataclasses.asdict(cfg),
+                 argv=sys.argv[1:], versions=versions, commit=commit or None)
+    export_model(stage.model, stage.tokenizer, stage.out, state)
+    if cfg.export:
+        export_model(stage.model, stage.tokenizer, stage.out / cfg.export, form=cfg.export)
+    plot_curves(stage.out)
+    processes().wait_for_everyone()
+
+def run_stages(cfg: Settings, screen: Screen, out: Path, before: bool = True) -> list[dict]:
+    """Stage 1 if needed, evaluation, stage 2 on a benchmark, evaluation. Returns the entries of eval.json it made."""
+    from accelerate.utils import gather_object
+    tasks = tasks_of(cfg)
+    model, tokenizer = open_model(cfg, screen)
+    cfg = with_data_ratio(cfg, sum(p.numel() for p in model.parameters()))
+    stages = stages_passed(cfg)
+    evaluates = cfg.evaluates()
+    splits, traces = load_data(cfg, tasks, tokenizer, screen)
+    _lock = prepare_folder(cfg, out, screen)  # held as long as this function runs
+    def look() -> list[dict]:
+        after = [s for s in stages if s != "pretrain"]
+        row = "d1" if {"sft", "diffu_grpo"} <= set(after) else ["base", *after][-1]
+        return [e for t, split in splits.items()
+                for e in evaluate(model, tokenizer, t, split["test"], cfg, row, out, screen)]
+    for task, split in splits.items() if cfg.task in RL_TASKS else ():
+        say_sizes(task, split, screen)
+        if cfg.data and cfg.preset == "tiny" and task.name in TASKS:
+            n, keys = len(split["test"]), map(task.key, split["test"])
+            seen = sum(split_of(key) == "train" for key in keys if key.startswith(task.name + "/"))
+            screen.say(f"{cfg.data}: {n} test problems; {seen} of them (sudoku: their grids) could also come from the "
+                       "embedded generator's training split")
+    if traces:
+        stage = Pretraining if cfg.task == "pretrain" else MaskedSFT
+        stages = ["pretrain"] * (stage is MaskedSFT and "pretrain" in stages) + [stage.name]
+        run_stage(stage(model, tokenizer, traces, cfg, out), stages, cfg, screen)
+    if not cfg.reinforces():
+        return look() if evaluates else []
+    entries, task, split = look() if before and evaluates else [], tasks[0], splits[tasks[0]]
+    stages = [s for s in stages if s != "diffu_grpo"] + ["diffu_grpo"]
+    heldout = split["heldout"][: cfg.limit or 128]
+    asked = evaluation_prompts(tokenizer, task, heldout, cfg)[0]
+    def check(model) -> float:
+        replies = gather_object([r for batch in generate(model, tokenizer, asked, cfg, cfg.gen_length) for r in batch])
+        grades = [task.grade(reply["generations"], heldout[i]) for i, reply in replies]
+        return sum(getattr(g, task.aim) for g in grades) / len(grades)
+    pay = functools.partial(task.batch_rewards, official=cfg.preset == "official")
+    run_stage(DiffuGRPO(model, tokenizer, split["train"], task.messages, pay, cfg, out, check), stages, cfg, screen)
+    return entries + (look() if evaluates else [])
+
 def run_table1(cfg: Settings, screen: Screen, out: Path, given: dict) -> list[dict]:
     """The paper's Table 1 on the model given: base, +SFT, +diffu-GRPO, d1. Finished parts are not redone."""
     sft, entries = out.parent / "sft", []  # where --task sft_only leaves it
@@ -3308,6 +3368,75 @@ def run_table1(cfg: Settings, screen: Screen, out: Path, given: dict) -> list[di
         entries += run_stages(own, screen, folder, before=False)
     write_json(out / "eval.json", entries)
     return sorted(entries, key=lambda e: (list(TASKS).index(e["task"]), list(ROW_TITLES).index(e["row"])))
+
+def skeleton(cfg: Settings):
+    """The model without memory for its weights, for counting."""
+    if cfg.model in EMBEDDED:
+        return random_model(*embedded_network(cfg.model, build_tokenizer(cfg.model)))
+    base = resolve_checkpoint(cfg.model)[1]
+    raw = LLADA_8B if base in ALIASES.values() else read_config(base)  # known without a network
+    with refusing(f"cannot load {base}"), torch.device("meta"):
+        network, config = network_of(base, raw)
+        model = random_model(network, config)
+        adapts = cfg.use_lora and cfg.trains()
+        return adapt_with_lora(model, cfg.lora_r, cfg.lora_alpha, targets=cfg.lora_targets) if adapts else model
+
+def bytes_per_token(config, r: int, checkpointing: bool) -> float:
+    """What backward keeps of one token, in bytes: a Llama in bf16 arithmetic, fp32 norms, fused attention."""
+    d, layers, f = config.hidden_size, config.num_hidden_layers, getattr(config, "intermediate_size", 0)
+    block = 28 * d + 8 * f + 14 * r if r else 34 * d + 8 * f  # full training has fp32 residuals and norms
+    return 2 * d * layers + block if checkpointing else block * layers
+
+def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
+    """Print every setting with where it came from, and what the run will need."""
+    rows = [(f.name, getattr(cfg, f.name), origin[f.name], f.metadata["source"]) for f in dataclasses.fields(Settings)]
+    screen.table("Settings", ["setting", "value", "from", "source of the default"], rows, "left")
+    model = skeleton(cfg)
+    config, tiny, trains = model.config, cfg.preset == "tiny", cfg.trains()
+    sft, rl = has_stage1(cfg), trains and cfg.task in (*RL_TASKS, "table1")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * trains
+    adapters = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    total = sum(p.numel() for p in model.parameters()) - adapters
+    cfg = with_data_ratio(cfg, total)
+    row_rl = (24 if tiny else cfg.max_prompt) + cfg.gen_length  # tokens of a prompt and its completion
+    rows_sft, steps = min(cfg.rows_sft, cfg.bs_sft), cfg.diffusion_steps or cfg.gen_length // 2
+    rows_rl, scored = cfg.bs_rl // cfg.masks_shared_by(), 1 - 1 / cfg.mu + bool(cfg.beta)  # masks of an update
+    updates_sft, updates_rl = cfg.steps_sft * sft, cfg.steps_rl * rl
+    if cfg.task == "table1":  # each benchmark twice, for as many steps as it has by default
+        own = [cfg.steps_rl if "preset" not in origin["steps_rl"] else Settings.default("steps_rl", task, cfg.preset)
+               for task in TASKS]
+        updates_rl = 2 * sum(own)
+    back = (4 if cfg.use_lora else 6) + 2 * cfg.grad_checkpoint  # LoRA needs no gradient of the frozen weights
+    needs, flops = {"parameters, of which trained": f"{total + adapters:,}, {trained:,}"}, 0.0
+    for name, updates, passes, rows, length, cost in (  # passes an update; FLOPs a weight and token
+        ("SFT: forward + backward passes", updates_sft, cfg.bs_sft / rows_sft, rows_sft, cfg.sft_length, back),
+        ("RL rollouts: forward passes", updates_rl, steps * cfg.grad_accum / cfg.mu, cfg.bs_rl, row_rl, 2),
+        ("RL old, ref: forward passes", updates_rl, scored * cfg.grad_accum, rows_rl, row_rl, 2),
+        ("RL updates: forward + backward passes", updates_rl, cfg.grad_accum, rows_rl, row_rl, back),
+    ):
+        attention = 2 * config.hidden_size * config.num_hidden_layers * length
+        each = passes * rows * length * cost * (total - model.get_input_embeddings().weight.numel() + attention)
+        flops += each * updates
+        if updates:
+            needs[name] = (f"{passes:.4g} of {rows * length:,} tokens an update, {each:.2e} FLOPs; "
+                           f"{passes * updates:,.0f} in the run")
+    packed = sum(m.weight.numel() for m in block_linears(model).values()) * cfg.load_4bit  # NF4: .516 bytes each
+    width = 4 if tiny or not (cfg.use_lora or cfg.eval_only) else 2  # bytes of the others
+    copies = 2 if rl and cfg.beta and not cfg.use_lora else 1  # the frozen reference
+    tokens = max(rows_sft * cfg.sft_length * sft, rows_rl * row_rl * rl)
+    replies = max(min(rows_sft * cfg.sft_length // 2, cfg.logits_held(config)) * sft, rows_rl * cfg.gen_length * rl)
+    kept = bytes_per_token(config, cfg.lora_r * cfg.use_lora, cfg.grad_checkpoint) * tokens
+    memory = {  # of the activations a part is bf16 copies of fp32 weights
+        "weights" + " and reference" * (copies == 2): copies * (packed * 0.516 + (total - packed) * width),
+        "adapters": 4 * adapters, "gradients": 4 * trained, "AdamW": 8 * trained, "activations": kept + 2 * trained,
+        "logits": config.vocab_size * 12 * replies}
+    needs["FLOPs of training, a process"] = f"{flops:.2e}: {flops / 2e14 / 3600:,.1f} h at 200 TFLOP/s"
+    needs |= {f"memory: {name}": f"{size / 2**30:.3f} GiB" for name, size in memory.items() if size}
+    needs["memory: peak, about"] = f"{sum(memory.values()) / 2**30:.2f} GiB"
+    kept = cfg.save_total_limit + 1  # one more while it is written
+    disk = trained * (16 * kept * (sft + rl) + 4)  # and the weights by themselves
+    needs["disk: checkpoints and weights"] = f"{disk / 2**30:.3f} GiB"
+    screen.table("What the run needs", ["quantity", "value"], needs.items())
 
 def smoke(cfg: Settings, screen: Screen) -> None:
     """--smoke: each part of the run once on a few rows, nothing trained or written. Stopped names what failed."""
@@ -3354,7 +3483,7 @@ def smoke_checks(cfg: Settings, screen: Screen) -> Iterator[tuple[bool, str, str
     if not cfg.eval_only:
         stage = MaskedSFT(model, tokenizer, rows, cfg, Path(cfg.output_dir))
         x0, keep = stage.collate(rows[:8], cfg.sft_length)  # (B, L)
-        xt, masked = forward_process(x0, torch.full((len(x0),), 0.5), keep, mask, stream(cfg.seed, "smoke"))
+        xt, masked = forward_process(x0, torch.full((len(x0),), 0.5), keep, mask, keyed_generator(cfg.seed, "smoke"))
         share, other = masked[~keep].float().mean(), bool(masked[keep].any() or (xt != x0.where(~masked, mask)).any())
         yield (not other and abs(share - 0.5) < 2.5 / math.sqrt((~keep).sum()),  # five standard deviations
                f"at t 0.5 {share:.2f} of the replies{', and more is changed' * other}", "SFT loss, gradient")
@@ -3366,8 +3495,9 @@ def smoke_checks(cfg: Settings, screen: Screen) -> Iterator[tuple[bool, str, str
                              cache=cfg.cache, **decoding(tokenizer, cfg))[:, prompt.shape[1] :]  # (B, K)
     yield not (out == mask).any(), f"{out.numel()} tokens, {int((out == mask).sum())} of them masks", "reward"
     replies, official = zip(chosen, reply_texts(tokenizer, out), strict=False), cfg.preset == "official"
-    paid = [sum(task.pay([text], [e], official)[0].values()) for (task, e), text in replies]
-    yield all(map(math.isfinite, paid)), f"of {len(paid)} replies: {sum(paid):.2f}", ""
+    paid = [sum(task.batch_rewards([text], [e], official)[0].values()) for (task, e), text in replies]
+    seen = f"of {len(paid)} replies: {sum(paid):.2f}" if paid else "this run has no benchmark"
+    yield all(map(math.isfinite, paid)), seen, ""
 
 def read_space(path: str, given: dict) -> dict[str, tuple[str, dict]]:
     """--sweep_space as {setting: (kind, options) of optuna's suggest}; each value is tried, with the others' first."""
@@ -3385,6 +3515,8 @@ def read_space(path: str, given: dict) -> dict[str, tuple[str, dict]]:
             getattr(FixedTrial({name: values[0]}), f"suggest_{kind}")(name, **how)  # optuna looks at the range
             space[name], first[name] = (kind, how), (values[0], "sweep")
             tries += [{name: (v, "sweep")} for v in values]
+    if not space:
+        raise UserError(f"--sweep_space {path} names no setting")
     for one in tries:
         settle(given | first | one)
     return space
@@ -3407,7 +3539,7 @@ def run_sweep(cfg: Settings, screen: Screen, given: dict) -> None:
             raise ValueError(f"its trials had {', '.join(changed)}: give the same flags, or another --output_dir")
         study.set_user_attr("settings", dataclasses.asdict(cfg))
     def objective(trial) -> float:
-        seed = stream(cfg.seed, "sweep", trial.number).initial_seed() % 2**32  # so that no two trials draw alike
+        seed = keyed_generator(cfg.seed, "sweep", trial.number).initial_seed() % 2**32  # no two trials draw alike
         study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
         with refusing(f"{folder} is of another --sweep_space: give another --output_dir"):
             own = {k: (getattr(trial, f"suggest_{kind}")(k, **how), "sweep") for k, (kind, how) in space.items()}
@@ -3433,70 +3565,6 @@ def run_sweep(cfg: Settings, screen: Screen, given: dict) -> None:
     if not done:
         raise Stopped("no trial of the sweep has gone well; their messages are above")
     screen.say(f"best: {shlex.join(words_of(study.best_params))}")
-
-def skeleton(cfg: Settings):
-    """The model without memory for its weights, for counting."""
-    if cfg.model in EMBEDDED:
-        return random_model(*embedded_network(cfg.model, build_tokenizer(cfg.model)))
-    base = resolve_checkpoint(cfg.model)[1]
-    raw = LLADA_8B if base in ALIASES.values() else read_config(base)  # known without a network
-    with refusing(f"cannot load {base}"), torch.device("meta"):
-        network, config = network_of(base, raw)
-        model = random_model(network, config)
-        adapts = cfg.use_lora and cfg.trains()
-        return adapt_with_lora(model, cfg.lora_r, cfg.lora_alpha, targets=cfg.lora_targets) if adapts else model
-
-def bytes_per_token(config, r: int, checkpointing: bool) -> float:
-    """What backward keeps of one token, in bytes: a Llama in bf16 arithmetic, fp32 norms, fused attention."""
-    d, layers, f = config.hidden_size, config.num_hidden_layers, getattr(config, "intermediate_size", 0)
-    block = 28 * d + 8 * f + 14 * r if r else 34 * d + 8 * f  # full training has fp32 residuals and norms
-    return 2 * d * layers + block if checkpointing else block * layers
-
-def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
-    """Print every setting with where it came from, and what the run will need."""
-    rows = [(f.name, getattr(cfg, f.name), origin[f.name], f.metadata["source"]) for f in dataclasses.fields(Settings)]
-    screen.table("Settings", ["setting", "value", "from", "source of the default"], rows, "left")
-    model = skeleton(cfg)
-    config, tiny, trains = model.config, cfg.preset == "tiny", cfg.trains()
-    sft, rl = trains and not (cfg.skip_sft and cfg.task in RL_TASKS), trains and cfg.task in (*RL_TASKS, "table1")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * trains
-    adapters = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
-    total = sum(p.numel() for p in model.parameters()) - adapters
-    cfg = with_data_ratio(cfg, total)
-    row_rl = (24 if tiny else cfg.max_prompt) + cfg.gen_length  # tokens of a prompt and its completion
-    rows_sft, steps = min(cfg.rows_sft, cfg.bs_sft), cfg.diffusion_steps or cfg.gen_length // 2
-    rows_rl, scored = cfg.bs_rl // cfg.masks_shared_by(), 1 - 1 / cfg.mu + bool(cfg.beta)  # masks of an update
-    updates_sft, updates_rl = cfg.steps_sft * sft, cfg.steps_rl * rl * (8 if cfg.task == "table1" else 1)
-    back = (4 if cfg.use_lora else 6) + 2 * cfg.grad_checkpoint  # LoRA needs no gradient of the frozen weights
-    needs, flops = {"parameters, of which trained": f"{total + adapters:,}, {trained:,}"}, 0.0
-    for name, updates, passes, rows, length, cost in (  # passes an update; FLOPs a weight and token
-        ("SFT: forward + backward passes", updates_sft, cfg.bs_sft / rows_sft, rows_sft, cfg.sft_length, back),
-        ("RL rollouts: forward passes", updates_rl, steps * cfg.grad_accum / cfg.mu, cfg.bs_rl, row_rl, 2),
-        ("RL old, ref: forward passes", updates_rl, scored * cfg.grad_accum, rows_rl, row_rl, 2),
-        ("RL updates: forward + backward passes", updates_rl, cfg.grad_accum, rows_rl, row_rl, back),
-    ):
-        attention = 2 * config.hidden_size * config.num_hidden_layers * length
-        each = passes * rows * length * cost * (total - model.get_input_embeddings().weight.numel() + attention)
-        flops += each * updates
-        if updates:
-            needs[name] = (f"{passes:.4g} of {rows * length:,} tokens an update, {each:.2e} FLOPs; "
-                           f"{passes * updates:,.0f} in the run")
-    packed = sum(m.weight.numel() for m in block_linears(model).values()) * cfg.load_4bit  # NF4: .516 bytes each
-    width = 4 if tiny or not (cfg.use_lora or cfg.eval_only) else 2  # bytes of the others
-    copies = 2 if rl and cfg.beta and not cfg.use_lora else 1  # the frozen reference
-    tokens = max(rows_sft * cfg.sft_length * sft, rows_rl * row_rl * rl)
-    replies = max(min(rows_sft * cfg.sft_length // 2, cfg.logits_held(config)) * sft, rows_rl * cfg.gen_length * rl)
-    kept = bytes_per_token(config, cfg.lora_r * cfg.use_lora, cfg.grad_checkpoint) * tokens
-    memory = {  # of the activations a part is bf16 copies of fp32 weights
-        "weights" + " and reference" * (copies == 2): copies * (packed * 0.516 + (total - packed) * width),
-        "adapters": 4 * adapters, "gradients": 4 * trained, "AdamW": 8 * trained, "activations": kept + 2 * trained,
-        "logits": config.vocab_size * 12 * replies}
-    needs["FLOPs of training, a process"] = f"{flops:.2e}: {flops / 2e14 / 3600:,.1f} h at 200 TFLOP/s"
-    needs |= {f"memory: {name}": f"{size / 2**30:.3f} GiB" for name, size in memory.items() if size}
-    needs["memory: peak, about"] = f"{sum(memory.values()) / 2**30:.2f} GiB"
-    disk = trained * (16 * (cfg.keep + 1) * (sft + rl) + 4)  # a checkpoint more while it is written, and the export
-    needs["disk: checkpoints and weights"] = f"{disk / 2**30:.3f} GiB"
-    screen.table("What the run needs", ["quantity", "value"], needs.items())
 
 def tag_key(text: str) -> str:
     """eq4 of "Eq. (4), Sec. 3.2", sec3.1 of "Sec. 3.1", alg1 of "Algorithm 1", d7 of "[D7]"."""
@@ -3606,16 +3674,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 stopped, 2 wrong input, 130 Ctrl-C, 143 SIGTERM."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' notes to their own developers
     logging.disable(logging.ERROR)
+    debug = "--debug" in (sys.argv if argv is None else argv)  # the settings may be what is wrong
     try:
         run(argv)
     except (UserError, Stopped, OSError, argparse.ArgumentError) as e:
-        if "--debug" in (sys.argv if argv is None else argv):
+        if debug:
             raise
         print(f"d1_full.py: {'stopped' if isinstance(e, Stopped) else 'error'}: {e}", file=sys.stderr)
         return getattr(e, "status", 2)
     except (RuntimeError, MemoryError) as e:  # torch's OutOfMemoryError is one, a CPU's has no name
         known = isinstance(e, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(e)
-        if not known or "--debug" in (sys.argv if argv is None else argv):
+        if not known or debug:
             raise
         print(f"d1_full.py: stopped: out of memory ({str(e).partition('.')[0]}); try a smaller --bs_rl, --rows_sft or "
               "--bs_eval, --grad_checkpoint, --use_lora, --load_4bit; --dry_run shows what takes it", file=sys.stderr)

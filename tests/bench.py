@@ -272,8 +272,8 @@ def fine_tuning(work, names):
     model = work.model(train=True)
     official, stage = Official(work, copy.deepcopy(model)), work.sft(model)
     def theirs():  # before ours, so at the same stage.step: the same rows and the same noise
-        noise = d1.stream(stage.cfg.seed, "sft_mask", stage.step)
-        x0, keep = stage.collate([stage.rows[i] for i in stage.indices()], work.length)  # (B, L) each
+        noise = d1.keyed_generator(stage.cfg.seed, "sft_mask", stage.step)
+        x0, keep = stage.collate([stage.rows[i] for i in stage.row_indices()], work.length)  # (B, L) each
         d1.draw_uniform((2,), noise, "cpu")  # those of the length
         t = d1.sample_t(len(x0), noise)  # (B,)
         xt, masked = d1.forward_process(x0, t, keep, work.mask_id, noise)
@@ -429,7 +429,7 @@ WAYS = {"exact": {}, "prefix": dict(cache="prefix"), "dual": dict(cache="dual"),
 def cache_accuracy(checkpoint, device, puzzles, length=512, rows=128):
     """What caches and the threshold cost in solved sudokus. An eighth also without the stop at EOS: slow, and alike."""
     model, tok = d1.load_model(checkpoint, device=device)
-    d1.eval_mode(model)
+    d1.without_dropout(model)
     task, found, exact = d1.TASKS["sudoku"], {}, None
     examples = task.examples("test", puzzles)
     prompts = [d1.encode_prompt(tok, task.messages(e)) for e in examples]

@@ -109,7 +109,7 @@ def test_rows_that_are_no_problem_are_named(task, row, word, tmp_path):
 def test_the_sum_of_rewards_of_a_batch_is_what_the_function_saw(own, tmp_path):
     task = d1.Custom(f"{tmp_path}/pay.py:short")
     examples = task.examples("train", data=str(tmp_path / "own.jsonl"))[:4]
-    assert [p["reward"] for p in task.pay(["x"] * 4, examples)] == [0.25, 1, 0.25, 1]
+    assert [p["reward"] for p in task.batch_rewards(["x"] * 4, examples)] == [0.25, 1, 0.25, 1]
     assert task.messages(examples[0])[0]["role"] == "system" and task.messages(examples[1])[0]["content"] == "Say 1"
 
 

@@ -292,7 +292,7 @@ def test_the_pipeline_writes_what_the_decoder_writes(pipe, tiny):
     assert pipe(chat, **options)[0]["generated_text"] == decoded(*tiny, chat, steps=4, block_length=8) != want
     draws = [pipe(chat, temperature=1.0, seed=s)[0]["generated_text"] for s in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2] and want not in draws
-    by_chance = decoded(*tiny, chat, remasking="ancestral", generator=[d1.stream(0, "pipeline", 0)])
+    by_chance = decoded(*tiny, chat, remasking="ancestral", generator=[d1.keyed_generator(0, "pipeline", 0)])
     assert pipe(chat, use_confidence=False, seed=0) == [{"generated_text": by_chance}]
     assert pipe(chat, use_confidence=True) == [{"generated_text": want}]
 

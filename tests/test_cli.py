@@ -66,7 +66,7 @@ def test_eval_only_on_a_data_file(trained, tmp_path, capsys):
     data.write_text("Puzzle,Solution\n" + "0102200002100320,3142243142131324\n" * 5)
     flags = ("--task", "sudoku", "--eval_only", "--model", trained / "sudoku", "--data", data, "--limit", 0)
     assert run(*flags, out=tmp_path) == 0
-    assert "5 problems" in capsys.readouterr().out
+    assert "5 test problems" in capsys.readouterr().out
     entries = json.loads((tmp_path / "sudoku" / "eval.json").read_text())
     assert {(e["row"], e["n"], e["data"]) for e in entries} == {("d1", 5, str(data))}
     file = json.loads((tmp_path / "sudoku/generations/sudoku_d1_puzzles_32_16_0_generations.json").read_text())

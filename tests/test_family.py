@@ -75,15 +75,15 @@ def test_sft_learns_edits_from_a_share_of_the_steps_on(tiny, quick, tmp_path, mo
     stage = d1.MaskedSFT(model, tokenizer, rows, cfg, tmp_path)
     shares = []
     for stage.step in range(8):
-        shares.append(round(stage.spoilt(), 6))
+        shares.append(round(stage.edit_rate_now(), 6))
     assert shares == [0, 0, 0, 0, 0, 0.05, 0.1, 0.15]
     asked = []
     def look(layer, hidden, target, size):
         asked.append(target)
         return d1.token_losses(layer(hidden), target)
     monkeypatch.setattr(d1, "chunked_losses", look)
-    loss, _ = stage.nelbo(rows[:6], ("a", "key"), spoilt=0.9)
-    g = d1.stream(cfg.seed, "a", "key")  # the same draws once more
+    loss, _ = stage.nelbo(rows[:6], ("a", "key"), edit_rate=0.9)
+    g = d1.keyed_generator(cfg.seed, "a", "key")  # the same draws once more
     d1.draw_uniform((2,), g, "cpu")
     x0, keep = stage.collate(rows[:6], 40)
     t = d1.sample_t(6, g)

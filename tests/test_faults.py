@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, tiny, quick, t
     stage = make()
     stage.run(screen)
     files = sorted(p.name for p in (tmp_path / "trainer").iterdir())
-    assert files == ["manifest.json", "sft-4.pt", "sft-6.pt"]  # --keep 2
+    assert files == ["manifest.json", "sft-4.pt", "sft-6.pt"]  # --save_total_limit 2
     DAMAGE[damage](tmp_path / "trainer" / "sft-6.pt")
     again = make()
     assert d1.load_trainer(again, screen) and again.step == 4
@@ -147,7 +147,7 @@ def test_changed_flags_are_refused_by_name_unless_allowed(tiny, quick, tmp_path,
     stage_of("sft", quick, tiny, tmp_path).run(screen)
     with pytest.raises(d1.UserError, match=r"--allow_changed, or the flags of then: --lr_sft=0\.0015"):
         d1.load_trainer(stage_of("sft", quick, tiny, tmp_path, lr_sft=0.1), screen)
-    other = stage_of("sft", quick, tiny, tmp_path, lr_sft=0.1, allow_changed=True, keep=5)
+    other = stage_of("sft", quick, tiny, tmp_path, lr_sft=0.1, allow_changed=True, save_total_limit=5)
     assert d1.load_trainer(other, screen)
     assert "--lr_sft=0.0015" in capsys.readouterr().out
 

@@ -223,7 +223,7 @@ def test_a_model_that_only_looks_left_is_refused(tmp_path, monkeypatch):
         return network, config
 
     monkeypatch.setattr(d1, "network_of", causal)
-    with pytest.raises(d1.UserError, match="sees the left only"):
+    with pytest.raises(d1.UserError, match="attends to the left only"):
         d1.load_model(folder, device="cpu")
 
 
@@ -487,8 +487,8 @@ def main():
 
     def reinforce(model):
         stage = d1.DiffuGRPO(model, tok, task.examples("train", 16), task.messages, reward, cfg, out, weight)
-        draw = stage.draw
-        stage.draw = lambda micro: drawn.append(draw(micro)) or drawn[-1]
+        draw = stage.roll_out
+        stage.roll_out = lambda micro: drawn.append(draw(micro)) or drawn[-1]
         return stage
 
     stage = reinforce(copy.deepcopy(model))

@@ -149,8 +149,8 @@ def test_lora_comes_from_the_seed_alone(tiny):
 
 def test_long_prompts_lose_their_beginning(tiny, quick, tmp_path):
     stage = grpo(quick(max_prompt=10), tiny, tmp_path)
-    drawn = stage.draw(0)
-    whole = d1.encode_prompt(stage.tokenizer, stage.ask(stage.examples[stage.problems(0)[0]]))
+    drawn = stage.roll_out(0)
+    whole = d1.encode_prompt(stage.tokenizer, stage.ask(stage.examples[stage.problem_indices(0)[0]]))
     assert drawn.prompt[0].tolist() == whole[-10:] and drawn.parts["prompts_cut"] == 1
     asked = d1.evaluation_prompts(stage.tokenizer, d1.TASKS["sudoku"], stage.examples[:3], stage.cfg)
     assert asked[1] == 3 and [len(p) for p in asked[0]] == [10] * 3
@@ -173,7 +173,7 @@ class NoLinear(torch.nn.Module):
 
 def test_each_inner_update_has_its_own_prompt_mask(tiny, quick, tmp_path):
     stage = grpo(quick(mu=5, bs_rl=4, grad_accum=2, pmask=0.5, steps_rl=5), tiny, tmp_path)
-    batches = [stage.draw(micro) for micro in stage.micro_batches(0)]
+    batches = [stage.roll_out(micro) for micro in stage.micro_batches(0)]
     masks = {tuple(h.flatten().tolist()) for b in batches for h in b.hide}
     assert len(masks) == 10  # official, with accumulation 2, would meet half of them twice
     for b in batches:
@@ -188,14 +188,14 @@ def test_each_inner_update_has_its_own_prompt_mask(tiny, quick, tmp_path):
 
 @pytest.mark.parametrize("preset", ["auto", "official"])
 def test_a_group_shares_its_prompt_masks_but_for_the_official_preset(preset, tiny, quick, tmp_path):
-    b = grpo(quick(mu=3, bs_rl=4, pmask=0.5, preset=preset, beta=0.0), tiny, tmp_path).draw(0)
+    b = grpo(quick(mu=3, bs_rl=4, pmask=0.5, preset=preset, beta=0.0), tiny, tmp_path).roll_out(0)
     shared = [torch.equal(b.hide[:, i], b.hide[:, i + 1]) for i in (0, 2)]
     assert shared == [preset == "auto"] * 2
     assert not torch.equal(b.hide[:, 1], b.hide[:, 2]) and not torch.equal(b.hide[0], b.hide[1])
 
 
 def test_groups_are_of_one_prompt_and_completions_differ(tiny, quick, tmp_path):
-    b = grpo(quick(group=2, bs_rl=4), tiny, tmp_path).draw(0)
+    b = grpo(quick(group=2, bs_rl=4), tiny, tmp_path).roll_out(0)
     assert torch.equal(b.prompt[0], b.prompt[1]) and not torch.equal(b.prompt[1], b.prompt[2])
     assert not torch.equal(b.completion[0], b.completion[1])
     assert b.advantages.view(2, 2).sum(1).abs().max() < 1e-6
