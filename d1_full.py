@@ -53,6 +53,7 @@ others ours. Each tag stands at its line below. --preset official switches to th
 """
 
 # %% 1. Imports — the standard library and torch; heavier libraries are imported where they are used
+# pyright: basic
 from __future__ import annotations
 
 import argparse
@@ -129,7 +130,7 @@ def read_json(path: Path) -> dict:
     with refusing(f"cannot read {path}"):
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
-def opt(paper, help, source="ours", *, official=None, tiny=None, choices=(), low=None, high=None):
+def opt(paper, help, source="ours", *, official=None, tiny=None, choices=(), low=None, high=None) -> Any:
     """Declare a setting. A default may be a dict by task, "*" for the rest; None = as the paper."""
     columns = {k: paper if v is None else v for k, v in dict(paper=paper, official=official, tiny=tiny).items()}
     meta = dict(columns=columns, help=help, source=source, choices=choices, low=low, high=high)
@@ -386,10 +387,8 @@ def chunked_losses(layer: Callable, hidden: Tensor, target: Tensor, size: int) -
     return torch.cat([ce for ce, _ in parts]), torch.cat([hit for _, hit in parts])
 
 # %% 5. One-step estimator — Sec. 3.1
-def extend_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
+def extend_mask(attention_mask: Tensor, length: int) -> Tensor:
     """(B, P) True = real prompt token -> (B, length): every completion position is real."""
-    if attention_mask is None:
-        return None
     return F.pad(attention_mask.bool(), (0, length - attention_mask.shape[1]), value=True)
 
 def logits_at(model, ids: Tensor, where: Tensor, attention_mask: Tensor | None = None, compute: Callable | None = None,
@@ -467,8 +466,10 @@ def one_step_logps(model, prompt: Tensor, completion: Tensor, hide: Tensor, mask
                    live=None, size: int = 1) -> Tensor:
     """`one_step_logp` under each of M prompt masks, `size` of them in one forward pass. hide (M, B, P) -> (M, B, C)"""
     parts = [hide.new_zeros(0, *completion.shape, dtype=torch.float32)]  # of no mask
+    def repeated(v: Any, n: int) -> Any:
+        return v if v is None else v.repeat(n, 1)
     for some in hide.split(size) if len(hide) else ():
-        args = [v if v is None else v.repeat(len(some), 1) for v in (prompt, completion, attention_mask, live)]
+        args = (repeated(v, len(some)) for v in (prompt, completion, attention_mask, live))
         prompts, completions, attend, alive = args  # (size * B, ...) each
         logp = one_step_logp(model, prompts, completions, some.flatten(0, 1), mask_id, attend, live=alive)
         parts.append(logp.view(len(some), *completion.shape))
@@ -598,6 +599,7 @@ class BlockCache:
     "prefix" keeps those before the block, "dual" also those after it. The block's first step computes all of them, and
     so does every `refresh`-th (0 = the first alone). Approximate: a real key depends on every token of the canvas.
     """
+    past: Any  # transformers.DynamicCache
 
     def __init__(self, model, cache: str, lo: int, hi: int, length: int, refresh: int):
         place = torch.arange(length, device=next(model.parameters()).device)
@@ -685,8 +687,8 @@ def denoise_step(x: Tensor, attend: Tensor | None, lo: int, hi: int, logits_of: 
         commit = ((score > threshold) | largest(score, torch.ones_like(counts))) & open_
     block[commit] = tokens[commit[open_]]
     logp = torch.zeros(block.shape, device=x.device).masked_scatter(commit, chosen[commit[open_]])  # (B, K)
-    rest = (lo, x.shape[1] - hi)
-    return (torch.cat([x[:, :lo], block, x[:, hi:]], dim=1), *(F.pad(v, rest) for v in (commit, logp, edited)))
+    new, logp, edited = (F.pad(v, (lo, x.shape[1] - hi)) for v in (commit, logp, edited))  # (B, L) each
+    return torch.cat([x[:, :lo], block, x[:, hi:]], dim=1), new, logp, edited
 
 def diffuse_steps(model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor | None = None, gen_length: int = 256,
                   block_length: int = 32, steps: int | None = None, temperature: float = 0.0, cfg_scale: float = 0.0,
@@ -728,7 +730,7 @@ def diffuse_steps(model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor
         raise ValueError(f"a draft of {draft.shape[1]} tokens leaves no room in gen_length {gen_length}, nor edit_rate")
     x = F.pad(torch.cat([prompt, draft], dim=1), (0, gen_length - draft.shape[1]), value=mask_id)  # (B, P+C)
     # [D4] official attends to left padding (diffu_grpo_trainer.py:396), which changes replies. here: never.
-    attend = extend_mask(attention_mask, total)
+    attend = None if attention_mask is None else extend_mask(attention_mask, total)
     active = torch.arange(count, device=x.device)  # rows still being written
     for b in range(blocks):
         lo, hi, step = plen + b * block_length, plen + (b + 1) * block_length, 0
@@ -773,12 +775,15 @@ def diffuse_decode(model, prompt: Tensor, *, mask_id: int, **options) -> Tensor:
     return ids
 
 @torch.no_grad()
-def cache_error(model, frames: Iterable[Frame], mask_id: int, attention_mask: Tensor | None) -> float:
-    """Mean |log p with the cache - log p without| of what each block's last step, the stalest, committed; in nats."""
+def cache_error(model, frames: Iterable[Frame], mask_id: int, real: Tensor) -> float:
+    """Mean |log p with the cache - log p without| of what each block's last step, the stalest, committed; in nats.
+
+    real (B, P) True = prompt token, False = padding.
+    """
     errors = []
     for frame in {f.block: f for f in frames if bool(f.logp.any())}.values():  # the last of each block
         before = torch.where(frame.new, mask_id, frame.ids)  # (B, P+C)
-        logits = logits_at(model, before, frame.new, extend_mask(attention_mask, before.shape[1]))  # (N, V)
+        logits = logits_at(model, before, frame.new, extend_mask(real, before.shape[1]))  # (N, V)
         errors.append((token_losses(logits, frame.ids[frame.new])[0] + frame.logp[frame.new]).abs())  # (N,)
     return torch.cat(errors).mean().item()
 
@@ -800,20 +805,22 @@ LLADA_NAMES = {  # LLaDA's names of weights -> those of Llama, whose network it 
     "v_proj": "self_attn.v_proj", "attn_out": "self_attn.o_proj", "ff_proj": "mlp.gate_proj",
     "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj"}
 
-def network_of(source: str, raw: dict):
+def network_of(source: str, raw: dict) -> tuple[Any, Any]:
     """(class, config) in transformers for a checkpoint's config.json `raw`, with attention both ways."""
     import transformers
     kind, written_for = raw.get("model_type"), " ".join(raw.get("architectures") or [])
     if kind == "llada":  # the embedding may be wider than the vocabulary
-        return transformers.LlamaForCausalLM, transformers.LlamaConfig(
+        own: dict[str, Any] = dict(
             vocab_size=raw.get("embedding_size") or raw["vocab_size"], hidden_size=raw["d_model"], is_causal=False,
             intermediate_size=raw["mlp_hidden_size"], num_hidden_layers=raw["n_layers"], rope_full_precision=True,
             num_attention_heads=raw["n_heads"], num_key_value_heads=raw.get("n_kv_heads"),
             max_position_embeddings=raw["max_sequence_length"], rms_norm_eps=raw["rms_norm_eps"],
             rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]}, eos_token_id=raw["eos_token_id"])
+        return transformers.LlamaForCausalLM, transformers.LlamaConfig(**own)
     if kind == "Dream":  # Qwen2's network; its logits at k are for token k + 1
         own = {k: v for k, v in raw.items() if k not in ("model_type", "architectures", "auto_map")}
-        return transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**own, is_causal=False, shift_logits=True)
+        own |= dict(is_causal=False, shift_logits=True)
+        return transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**own)
     if kind not in transformers.CONFIG_MAPPING:
         raise UserError(f"{source}: transformers has no model_type {kind!r}, and code from outside is not run")
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -822,30 +829,30 @@ def network_of(source: str, raw: dict):
     config.is_causal = False
     return transformers.AutoModelForCausalLM, config
 
-def embedded_network(name: str, tokenizer):
+def embedded_network(name: str, tokenizer) -> tuple[Any, Any]:
     """(class, config) of an embedded model: LLaDA's network with 0.4 M weights, BERT's or ModernBERT's with 1 M."""
     import transformers
-    ids = dict(vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id,
-               bos_token_id=None)  # nor a pad_token_id: the pad is EOS, which is trained
+    own: dict[str, Any] = dict(vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id, bos_token_id=None,
+                               eos_token_id=tokenizer.eos_token_id)  # no pad_token_id: the pad is EOS, which is trained
     if name == "tiny":
+        own |= dict(is_causal=False, use_cache=False)
         return transformers.LlamaForCausalLM, transformers.LlamaConfig(
-            hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, is_causal=False,
-            use_cache=False, **ids)
+            hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, **own)
     # 1/sqrt(width): with 0.02, made for wider networks, ModernBERT did not learn facts in four times the tokens
-    ids |= dict(hidden_size=128, num_attention_heads=4, num_hidden_layers=5, pad_token_id=None, initializer_range=0.09)
+    own |= dict(hidden_size=128, num_attention_heads=4, num_hidden_layers=5, pad_token_id=None, initializer_range=0.09)
     if name == "tiny-bert":
         return transformers.BertForMaskedLM, transformers.BertConfig(
-            intermediate_size=384, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **ids)
+            intermediate_size=384, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **own)
     return transformers.ModernBertForMaskedLM, transformers.ModernBertConfig(
-        intermediate_size=256, max_position_embeddings=256, cls_token_id=None, sep_token_id=None, **ids)
+        intermediate_size=256, max_position_embeddings=256, cls_token_id=None, sep_token_id=None, **own)
 
-def random_model(network, config, seed: int = 0):
+def random_model(network, config, seed: int = 0) -> Any:
     """A model of that class and config with weights drawn from `seed`, fp32."""
     with torch.random.fork_rng(devices=[]):  # transformers initialises from the global stream
         torch.manual_seed(seed)
         return (getattr(network, "from_config", None) or network._from_config)(config)
 
-def block_linears(model) -> dict[str, torch.nn.Linear]:
+def block_linears(model) -> dict[str, Any]:
     """Every linear layer but the output head, by name: what LoRA adapts and what 4-bit loading packs."""
     head = model.get_output_embeddings()
     return {n.removesuffix(".base_layer"): m for n, m in model.named_modules()
@@ -911,14 +918,16 @@ def sdpa_after_fp32(module, query, key, value, *args, **options):
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     return sdpa_attention_forward(module, query.to(value.dtype), key.to(value.dtype), value, *args, **options)
 
-def load_weights(base: str, raw: dict, dtype, load_4bit: bool, attn: str, device: torch.device, seed=None):
+def load_weights(base: str, raw: dict, dtype, load_4bit: bool, attn: str, device: torch.device,
+                 seed: int | None = None) -> Any:
     """A checkpoint's network and weights, converted while loading; random ones from a seed that is given.
 
     UserError if they do not fit each other.
     """
     import transformers
-    nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    packed = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4) if load_4bit else None
+    packed = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16) if load_4bit else None
     if attn == "auto":
         attn = "flash_attention_2" if device.type == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"
     with refusing(f"cannot load {base}"):
@@ -965,7 +974,7 @@ def complete_tokens(model, tokenizer, raw: dict) -> None:
         from tokenizers import AddedToken  # BERT's drops line breaks and takes tags apart
         tokenizer.add_tokens([AddedToken(text, normalized=False) for text in (*form, "\n")])
     if tokenizer.mask_token is None:
-        known = raw.get("mask_token_id") or MASK_IDS.get(raw.get("model_type"))
+        known = raw.get("mask_token_id") or MASK_IDS.get(raw.get("model_type", ""))
         token = "<|mask|>" if known is None else tokenizer.convert_ids_to_tokens(known)
         if token is None:
             raise UserError(f"config.json names {known} as the mask token, and the tokenizer has no such token")
@@ -1001,7 +1010,7 @@ def shift_logits(module, args, output):
     return output
 
 def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto", device=None, seed=0,
-               from_scratch=False):
+               from_scratch=False) -> tuple[Any, Any]:
     """Load (model, tokenizer), with model(input_ids, attention_mask=None).logits.
 
     name: one of EMBEDDED (random from `seed`), a hub id, a folder, LLaDA's format included, or an adapter
@@ -1030,7 +1039,7 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
     model = load_weights(base, raw, dtype, load_4bit, attn, device, seed if from_scratch else None)
     plain = {"llada": transformers.PreTrainedTokenizerFast, "Dream": transformers.Qwen2Tokenizer}  # no code of theirs
     with refusing(f"cannot load the tokenizer of {name}"):
-        reader = plain.get(raw.get("model_type"), transformers.AutoTokenizer)
+        reader: Any = plain.get(raw.get("model_type", ""), transformers.AutoTokenizer)
         source = name if Path(name, "tokenizer_config.json").exists() else base
         tokenizer = reader.from_pretrained(source, trust_remote_code=False)
     complete_tokens(model, tokenizer, raw)
@@ -1044,7 +1053,7 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
             model = PeftModel.from_pretrained(model, name, adapter_name="earlier")
     return (adapt_with_lora(model, *lora, seed=seed) if lora else model), tokenizer
 
-def processes():
+def processes() -> Any:
     """accelerate's view of this run: .device, .num_processes, .process_index, .is_main_process."""
     from accelerate import PartialState
     return PartialState(cpu=not torch.cuda.is_available())
@@ -1184,7 +1193,7 @@ def parse_number(text: str | None) -> Fraction | None:
         return None
     return Fraction(text.replace(",", "").replace("$", ""))
 
-def arithmetic(text: str, number: type = Fraction) -> Any:
+def arithmetic(text: str, number: Callable[[Any], Any] = Fraction) -> Any:
     """Value of an expression in + - * / and brackets, in Fraction or float arithmetic; None if it is none."""
     # [D11] official pays for any answer and calls eval on it, so 9**9**9 hangs (reward_func.py:105).
     #       here: the text is parsed, never run: 300 characters at most and no powers.
@@ -1208,8 +1217,9 @@ def arithmetic(text: str, number: type = Fraction) -> Any:
 
 def reaches(text: str | None, example: dict, official: bool = False) -> bool | None:
     """Countdown: True = right, False = the right numbers but another value, None = neither or no expression."""
+    text = text or ""
     if not official:
-        text = unicodedata.normalize("NFKC", text or "").replace("×", "*").replace("÷", "/")
+        text = unicodedata.normalize("NFKC", text).replace("×", "*").replace("÷", "/")
         text = text.replace("\\times", "*").replace("\\cdot", "*").replace("\\div", "/")
     used, given = re.findall(r"\d+", text), sorted(n for n in example["numbers"] if isinstance(n, int))
     if any(len(n) >= 20 for n in used) or sorted(map(int, used)) != given:  # each number once
@@ -1257,10 +1267,10 @@ for line in sys.stdin:
 MATH_LOCK = threading.Lock()
 
 @functools.cache
-def math_worker() -> subprocess.Popen:
+def math_worker() -> Any:
     """A process that runs math-verify, whose own time limits C code ignores and only the main thread can set."""
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-    worker = subprocess.Popen([sys.executable, "-c", MATH_WORKER], text=True, **pipes)
+    worker: Any = subprocess.Popen([sys.executable, "-c", MATH_WORKER], text=True, stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
     if worker.stdout.readline() != "ready\n":
         raise UserError("math-verify does not start: pip install -r requirements.txt")
     return worker
@@ -1290,9 +1300,13 @@ def same_mathematics(found: str, gold: str, limit: float = 1.0) -> bool:
 class Task:
     """One benchmark: its problems (`generate` draws one, or None; `parse` reads a row), its prompt, rewards, grading.
 
-    A subclass has these two, and rewards(completion, example, official=False) -> {part: value}, whose sum is a reply's
-    reward, and grade(completion, example, official=False) -> Grade; official = by the rules of the official code.
+    A subclass gives the first four; rewards and grade take (completion, example, official=False), a reply's text, its
+    problem, and whether to go by the rules of the official code.
     """
+    generate: Callable[[random.Random], dict | None]
+    parse: Callable[[dict], dict]
+    rewards: Callable[..., dict[str, float]]  # parts by name, whose sum is the reply's reward
+    grade: Callable[..., Grade]
     name = official_name = ""  # as in --task; as in the official generations' file names
     hub = hub_test = ""  # the public data set, and the one to test on if it is another
     texts: tuple[str, ...] = ()  # the columns that a data file must have as text
@@ -1392,7 +1406,8 @@ class Gsm8k(Task):
         return {"answer": "nan" if gold is None else f"{gold:.15g}" if isinstance(gold, float) else str(gold)}
 
     def rewards(self, completion, example, official=False):
-        found = completion.split("<answer>")[-1].split("</answer>")[0].strip() if official else last_answer(completion)
+        found = completion.split("<answer>")[-1].split("</answer>")[0].strip() if official else (
+            last_answer(completion) or "")
         # [D10] official's patterns lack DOTALL (reward_func.py:49, mended later), so work of two lines never earns
         #       the format reward. here: "." matches a newline, and a final one is not demanded.
         flags, final = (0, "\n$") if official else (re.DOTALL, "\n?$")
@@ -1541,7 +1556,7 @@ class Sudoku(Task):
         return {"puzzle": puzzle, "solution": solution}
 
     def of_record(self, record):
-        return super().of_record(record) | {"puzzle": re.search(r"\d{16}", record["question"])[0]}
+        return super().of_record(record) | {"puzzle": re.findall(r"\d{16}", record["question"])[0]}
 
     def solve(self, example, rng, careful):
         if careful:
@@ -1828,7 +1843,7 @@ def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) ->
             reply = f"<reasoning>\n{thoughts}\n</reasoning>\n<answer>\n{attempt}\n</answer>"
         usable = all(text and isinstance(text, str) for text in (question, reply))
         chat = [{"role": "user", "content": f"{SYSTEM}\n\n{question}"}]
-        traces[number, 0] = encode_example(tokenizer, chat, reply) if usable else ([], size)
+        traces[number, 0] = encode_example(tokenizer, chat, str(reply)) if usable else ([], size)
     rows = [(ids, prompt_len) for ids, prompt_len in traces.values() if prompt_len < size]
     if not rows:
         raise UserError(f"{cfg.sft_data}: no usable row; needs texts in the columns question, thinking_trajectories, "
@@ -1857,7 +1872,8 @@ def problems_of(cfg: Settings, task: Task, split: str) -> list[dict]:
     with refusing(f"cannot read {source}; without a network give a local file"):
         if not Path(source).is_file():
             ask_hub(source.split(":")[0], "dataset")
-            own_test = "test" in datasets.get_dataset_split_names(*source.split(":"))
+            name, _, config = source.partition(":")
+            own_test = "test" in datasets.get_dataset_split_names(name, config or None)
     rows = task.examples("test" if split == "test" and own_test else "train", data=source)
     rows = [r for r in rows if source != task.hub or task.hub_keeps(r)]
     if split != "test" or not (own_test or (cfg.eval_only and cfg.data)):
@@ -1925,11 +1941,11 @@ def decoding(tokenizer, cfg: Settings) -> dict[str, Any]:
                 edit_rate=cfg.edit_share * cfg.allow_edits,
                 delete_id=tokenizer.added_tokens_encoder.get(DELETE))
 
-def unsharded(x):
+def unsharded(x) -> Any:
     """A tensor that FSDP shards, put together by all processes; anything else as it is."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
-def own_shard(p: Tensor) -> Tensor:
+def own_shard(p: Any) -> Tensor:
     """This process's piece of a tensor that FSDP shards; any other tensor as it is. Without gradient."""
     return p.detach().to_local() if hasattr(p, "to_local") else p.detach()
 
@@ -1943,15 +1959,18 @@ def shard_like(x: Tensor, p: Tensor) -> Tensor:
 class Stage:
     """What both stages share: optimizer, loop, guard, log and checkpoint.
 
-    A subclass gives update() -> metrics, check(screen) -> held-out figures, and batch_name() for error messages.
+    A subclass gives update() -> metrics, check() -> held-out figures, and batch_name() for error messages.
     """
     name = ""
+    update: Callable[[], dict[str, float]]
+    check: Callable[[Screen], dict[str, float]]
+    batch_name: Callable[[], str]
 
     def __init__(self, model, tokenizer, cfg: Settings, out: Path, lr: float, wd: float, clip: float, total: int):
         from accelerate import Accelerator
         self.model, self.tokenizer, self.cfg, self.out = model, tokenizer, cfg, Path(out)
         self.lr, self.clip, self.total, self.step = lr, clip, total, 0
-        self.accel = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no",  # `precision` sees to it
+        self.accel: Any = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no",  # `precision` sees to it
                                  log_with=None if cfg.report_to == "none" else cfg.report_to,
                                  project_dir=self.out / "logs" / self.name)  # tensorboard's
         sharded, zero = self.accel.is_fsdp2, self.accel.state.deepspeed_plugin
@@ -2118,7 +2137,7 @@ class MaskedSFT(Stage):
         self.scales_logits = any(  # after its output layer, as Gemma 2, Cohere and Granite do
             getattr(model.config, k, None) for k in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
         check_positions(model, cfg.sft_length + cfg.sft_extra)
-        self.delete_id = tokenizer.convert_tokens_to_ids(DELETE) if cfg.edit_rate else None
+        self.delete_id = tokenizer.convert_tokens_to_ids(DELETE) if cfg.edit_rate else -1
         if all(prompt_len >= cfg.sft_length for _, prompt_len in rows):
             raise UserError(f"--sft_length {cfg.sft_length} leaves no room for a reply after the prompts")
         if cfg.bs_sft % self.world:
@@ -2168,10 +2187,10 @@ class MaskedSFT(Stage):
             return chunked_losses(layer, hidden, x0[asked], self.cfg.logits_held(self.model.config))
         with precision(self.device), self.dropout_from(*key, mine.start):
             if self.scales_logits:
-                found = token_losses(logits_at(self.net, xt, asked), x0[asked])
+                ce, hit = token_losses(logits_at(self.net, xt, asked), x0[asked])  # (N,) each
             else:
-                found = logits_at(self.net, xt, asked, compute=losses)
-            loss, metrics = weighted_nelbo(*found, masked, t, keep, asked)
+                ce, hit = logits_at(self.net, xt, asked, compute=losses)
+            loss, metrics = weighted_nelbo(ce, hit, masked, t, keep, asked)
         return loss * share.item(), metrics
 
     def update(self) -> dict[str, float]:
@@ -2300,9 +2319,10 @@ class DiffuGRPO(Stage):
         prompt, real = pad_left(prompts, tok.pad_token_id, self.device)  # (B, P)
         rows = range(micro * cfg.bs_rl, (micro + 1) * cfg.bs_rl)  # global numbers, which key the random streams
         self.model.eval()
+        options = decoding(tok, cfg) | dict[str, Any](edit_rate=0.0)
         frames = list(diffuse_steps(
             self.model, prompt, attention_mask=real, gen_length=cfg.gen_length, steps=cfg.diffusion_steps or None,
-            temperature=cfg.temperature, cache=cfg.rollout_cache, **decoding(tok, cfg) | {"edit_rate": 0.0},
+            temperature=cfg.temperature, cache=cfg.rollout_cache, **options,
             generator=[keyed_generator(cfg.seed, "rollout", i) for i in rows]))
         completion = frames[-1].ids[:, prompt.shape[1] :]  # (B, C)
         texts = reply_texts(tok, completion)
@@ -2737,7 +2757,7 @@ class Screen:
         self.live = sys.stdout.isatty() and processes().is_main_process
         self.console = Console(highlight=False, soft_wrap=True, width=None if self.live else 160,
                                quiet=not processes().is_main_process)
-        self.bar = None
+        self.bar: Any = None
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -2766,10 +2786,10 @@ class Screen:
         if self.bar:
             self.bar.stop()
 
-    def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]], align="right") -> None:
-        """A table, and how its columns after the first are aligned."""
+    def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[Any]], text: bool = False) -> None:
+        """A table; columns after the first are right-aligned, unless they hold text."""
         from rich.table import Column, Table
-        columns = [Column(h, justify=align if i else "left", no_wrap=True) for i, h in enumerate(header)]
+        columns = [Column(h, justify="right" if i and not text else "left", no_wrap=True) for i, h in enumerate(header)]
         table = Table(*columns, title=title, title_justify="left")
         for row in rows:
             table.add_row(*map(str, row))
@@ -2926,7 +2946,7 @@ def show_reply(steps: Iterable[tuple[list[str], Frame]], plen: int, tokenizer, c
     from rich.text import Text
     text, note, began, blocks = "", "", time.monotonic(), cfg.reply_length() // cfg.block_length
     console = Console(highlight=False)
-    live = Live(console=console, refresh_per_second=20) if screen.live else contextlib.nullcontext()
+    live: Any = Live(console=console, refresh_per_second=20) if screen.live else contextlib.nullcontext()
     with live:
         with contextlib.suppress(KeyboardInterrupt):
             for texts, frame in steps:
@@ -3060,14 +3080,15 @@ def text_diffusion_pipeline() -> type:
         def __call__(self, inputs, batch_size=None, **options):
             inputs = inputs if isinstance(inputs, str) else list(inputs)
             one = isinstance(inputs, str) or (bool(inputs) and isinstance(inputs[0], dict))
-            chats, made = [inputs] if one else inputs, []
+            chats: Any = [inputs] if one else inputs
+            made: Any = []
             size = batch_size or self._batch_size or max(len(chats), 1)
             for first in range(0, len(chats), size):  # as a dict: transformers would take a list apart
                 made += super().__call__({"chats": chats[first : first + size], "first": first}, **options)
             return made[0] if one else made
 
         def preprocess(self, inputs):
-            tok = self.tokenizer
+            tok: Any = self.tokenizer
             if None in (tok.mask_token_id, tok.eos_token_id, tok.pad_token_id):
                 raise UserError("the tokenizer lacks a mask, EOS or pad token: give a checkpoint of d1_full.py")
             chats = [[{"role": "user", "content": c}] if isinstance(c, str) and tok.chat_template else c
@@ -3075,7 +3096,8 @@ def text_diffusion_pipeline() -> type:
             return inputs | {"prompts": [tok.encode(c) if isinstance(c, str) else encode_prompt(tok, c) for c in chats]}
 
         def _forward(self, inputs, stream=False, **given):
-            preset = read_json(Path(self.model.name_or_path, "d1_state.json")).get("preset", "paper")
+            tok: Any = self.tokenizer
+            preset = read_json(Path(str(self.model.name_or_path), "d1_state.json")).get("preset", "paper")
             given = {"task": "chat", "preset": preset} | given
             cfg = settle({name: (value, "call") for name, value in given.items()})[0]
             prompts, context = inputs["prompts"], context_of(self.model)
@@ -3083,16 +3105,16 @@ def text_diffusion_pipeline() -> type:
                 raise UserError("stream=True takes one prompt")
             if (longest := max(map(len, prompts))) + 2 * cfg.block_length > context:
                 raise UserError(f"a prompt of {longest} tokens and two blocks are over the model's {context} tokens")
-            streamer = transformers.TextDiffusionStreamer(self.tokenizer, skip_special_tokens=True) if stream else None
+            streamer = transformers.TextDiffusionStreamer(tok, skip_special_tokens=True) if stream else None
             draws = [keyed_generator(cfg.seed, "pipeline", inputs["first"] + i) for i in range(len(prompts))]
-            *_, (texts, _) = replies(self.model, self.tokenizer, prompts, cfg, draws, streamer)
+            *_, (texts, _) = replies(self.model, tok, prompts, cfg, draws, streamer)
             return {"texts": texts}
 
         def postprocess(self, outputs):
             return [[{"generated_text": text}] for text in outputs["texts"]]
 
-    PIPELINE_REGISTRY.register_pipeline("text-diffusion", TextDiffusionPipeline,
-                                        (transformers.AutoModelForMaskedLM, transformers.AutoModelForCausalLM))
+    classes: Any = transformers.AutoModelForMaskedLM, transformers.AutoModelForCausalLM
+    PIPELINE_REGISTRY.register_pipeline("text-diffusion", TextDiffusionPipeline, classes)
     return TextDiffusionPipeline
 
 def __getattr__(name: str) -> Any:
@@ -3105,7 +3127,7 @@ def __getattr__(name: str) -> Any:
 def parse_words(words: Sequence[str] | None) -> dict[str, Any]:
     """The values of the flags, one per field of Settings, among command-line words. UserError on another word."""
     parser = argparse.ArgumentParser(
-        prog="d1_full.py", description=__doc__.split("\n\n")[0], allow_abbrev=False, exit_on_error=False,
+        prog="d1_full.py", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False, exit_on_error=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Start here:  python d1_full.py --task sudoku        (the embedded model, offline, minutes)\n"
                "             python d1_full.py --task sudoku --dry_run   (settings and cost, nothing run)")
@@ -3113,9 +3135,10 @@ def parse_words(words: Sequence[str] | None) -> dict[str, Any]:
         m, columns = f.metadata, {preset: repr(value) for preset, value in f.metadata["columns"].items()}
         alike = len(set(columns.values())) == 1
         default = columns["paper"] if alike else " | ".join(f"{preset} {value}" for preset, value in columns.items())
-        kind = dict(type=dict(int=int, float=float).get(f.type, str), metavar=f.type.upper())
+        name = str(f.type)
+        kind: dict[str, Any] = dict(type=dict(int=int, float=float).get(name, str), metavar=name.upper())
         kind = dict(choices=m["choices"]) if m["choices"] else kind
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type == "bool" else kind
+        kind = dict(action=argparse.BooleanOptionalAction) if name == "bool" else kind
         kind |= dict(nargs="?", const="tags") if f.name == "explain" else {}
         text = f"{m['help']}. Default: {default}. [{m['source']}]".replace("%", "%%")
         parser.add_argument(f"--{f.name}", help=text, **kind)
@@ -3224,7 +3247,7 @@ def validate(cfg: Settings) -> None:
         if source != "talk" and (cfg.task != "pretrain" or not Path(source).is_dir()):
             check_source(source, ROW_FILES + TEXT_FILES * (cfg.task == "pretrain"))
 
-def open_model(cfg: Settings, screen: Screen):
+def open_model(cfg: Settings, screen: Screen) -> tuple[Any, Any]:
     """Load model and tokenizer as the settings say, and print what came."""
     adapts = cfg.trains() and cfg.use_lora
     lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets) if adapts else None
@@ -3390,7 +3413,7 @@ def bytes_per_token(config, r: int, checkpointing: bool) -> float:
 def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
     """Print every setting with where it came from, and what the run will need."""
     rows = [(f.name, getattr(cfg, f.name), origin[f.name], f.metadata["source"]) for f in dataclasses.fields(Settings)]
-    screen.table("Settings", ["setting", "value", "from", "source of the default"], rows, "left")
+    screen.table("Settings", ["setting", "value", "from", "source of the default"], rows, text=True)
     model = skeleton(cfg)
     config, tiny, trains = model.config, cfg.preset == "tiny", cfg.trains()
     sft, rl = has_stage1(cfg), trains and cfg.task in (*RL_TASKS, "table1")
@@ -3485,15 +3508,16 @@ def smoke_checks(cfg: Settings, screen: Screen) -> Iterator[tuple[bool, str, str
         x0, keep = stage.collate(rows[:8], cfg.sft_length)  # (B, L)
         xt, masked = forward_process(x0, torch.full((len(x0),), 0.5), keep, mask, keyed_generator(cfg.seed, "smoke"))
         share, other = masked[~keep].float().mean(), bool(masked[keep].any() or (xt != x0.where(~masked, mask)).any())
-        yield (not other and abs(share - 0.5) < 2.5 / math.sqrt((~keep).sum()),  # five standard deviations
+        yield (not other and abs(float(share) - 0.5) < 2.5 / math.sqrt((~keep).sum()),  # five standard deviations
                f"at t 0.5 {share:.2f} of the replies{', and more is changed' * other}", "SFT loss, gradient")
-        loss, norm = map(stage.update().get, ("loss", "grad_norm"))  # at learning rate 0
+        loss, norm = operator.itemgetter("loss", "grad_norm")(stage.update())  # at learning rate 0
         stage.finish(screen)
         yield 0 <= loss < math.inf and 0 <= norm < math.inf, f"loss {loss:.3f}, gradient {norm:.3f}", "decoding"
     with precision(model.device):
         out = diffuse_decode(model.eval(), prompt, attention_mask=real, gen_length=size, steps=min(4, size),
                              cache=cfg.cache, **decoding(tokenizer, cfg))[:, prompt.shape[1] :]  # (B, K)
-    yield not (out == mask).any(), f"{out.numel()} tokens, {int((out == mask).sum())} of them masks", "reward"
+    left = int((out == mask).sum())
+    yield not left, f"{out.numel()} tokens, {left} of them masks", "reward"
     replies, official = zip(chosen, reply_texts(tokenizer, out), strict=False), cfg.preset == "official"
     paid = [sum(task.batch_rewards([text], [e], official)[0].values()) for (task, e), text in replies]
     seen = f"of {len(paid)} replies: {sum(paid):.2f}" if paid else "this run has no benchmark"
@@ -3559,7 +3583,8 @@ def run_sweep(cfg: Settings, screen: Screen, given: dict) -> None:
     study.optimize(objective, n_trials=max(cfg.sweep - len(study.get_trials(states=counted)), 0), gc_after_trial=True,
                    callbacks=[optuna.study.MaxTrialsCallback(cfg.sweep, states=counted)])
     done, failed, under_way = (study.get_trials(states=[state]) for state in counted)
-    rows = [(t.number, f"{t.value:.4f}", *map(t.params.get, space)) for t in sorted(done, key=lambda t: -t.value)[:10]]
+    best = sorted(done, key=lambda t: -(t.value or 0))[:10]
+    rows = [(t.number, f"{t.value:.4f}", *map(t.params.get, space)) for t in best]
     screen.table(f"Best of {len(done)} trials in {folder}, {len(failed)} failed, {len(under_way)} under way elsewhere",
                  ["trial", "value", *space], rows)
     if not done:
@@ -3570,17 +3595,20 @@ def tag_key(text: str) -> str:
     """eq4 of "Eq. (4), Sec. 3.2", sec3.1 of "Sec. 3.1", alg1 of "Algorithm 1", d7 of "[D7]"."""
     return re.sub(r"(?<!\d)\.|[^a-z\d.]", "", text.partition(",")[0].lower().replace("algorithm", "alg"))
 
-def tag_tables() -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
+def tag_tables() -> tuple[dict[str, Sequence[str]], dict[str, Sequence[str]]]:
     """The head's tables by tag: equations (place in the paper, function, what it is); deviations (here, official)."""
-    equations = re.findall(r"^    d1 (\S.*?)  +(\w+)  +(.*)$", __doc__, re.MULTILINE)
-    deviations = re.findall(r"^    (D\d+)  +(.*?) · (.*)$", __doc__, re.MULTILINE)
+    equations = re.findall(r"^    d1 (\S.*?)  +(\w+)  +(.*)$", __doc__ or "", re.MULTILINE)
+    deviations = re.findall(r"^    (D\d+)  +(.*?) · (.*)$", __doc__ or "", re.MULTILINE)
     return {tag_key(row[0]): row for row in equations}, {tag_key(tag): row for tag, *row in deviations}
 
 def definitions(source: str) -> dict[str, Any]:
     """The syntax trees of the functions, classes and methods (Class.method) of this file, by name, in their order."""
-    nodes = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
-    inner = [(f"{n.name}." * (m is not n) + m.name, m) for n in nodes for m in (n, *n.body) if hasattr(m, "name")]
-    return dict(inner)
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = node
+            found |= {f"{node.name}.{m.name}": m for m in node.body if isinstance(m, ast.FunctionDef)}
+    return found
 
 def places_of(tag: str, source: str) -> dict[int, str]:
     """The lines where a deviation's tag stands, each with the function or class around it."""
@@ -3611,9 +3639,10 @@ def explain(tag: str, screen: Screen) -> None:
     def note(deviation: str) -> None:
         screen.say("[{}] here: {}\n     official code: {}".format(deviation.upper(), *deviations[deviation]))
     if key == "tags":
-        screen.table("Equations", ["tag", "paper", "function", "what"], [(k, *v) for k, v in equations.items()], "left")
-        rows = [(k.upper(), *v) for k, v in deviations.items()]
-        return screen.table("Deviations", ["tag", "here", "official code"], rows, "left")
+        for title, header, rows in (("Equations", ("tag", "paper", "function", "what"), equations),
+                                    ("Deviations", ("tag", "here", "official code"), deviations)):
+            screen.table(title, header, [(k, *row) for k, row in rows.items()], text=True)
+        return
     if key in deviations:
         note(key)
         for n, where in places_of(key, source).items():
