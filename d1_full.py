@@ -305,7 +305,7 @@ class Settings:
         """How many tokens' logits, in fp32, --logits_gib has room for."""
         return max(1, int(self.logits_gib * 2**28 / config.vocab_size))
 
-# %% 3. Forward process — Sec. 2, q(x_t | x_0) with the linear schedule alpha_t = 1 - t
+# %% 3. Forward process — Sec. 2, with the linear schedule α_t = 1 - t
 def draw_uniform(shape: Sequence[int], generator: Generator, device) -> Tensor:
     """Uniform [0, 1) drawn where the generator lives, so a seed means the same on CPU and GPU."""
     return torch.rand(shape, generator=generator, device=generator.device).to(device)
@@ -690,6 +690,14 @@ def denoise_step(x: Tensor, attend: Tensor | None, lo: int, hi: int, logits_of: 
     new, logp, edited = (F.pad(v, (lo, x.shape[1] - hi)) for v in (commit, logp, edited))  # (B, L) each
     return torch.cat([x[:, :lo], block, x[:, hi:]], dim=1), new, logp, edited
 
+def fill_with_eos(x: Tensor, plen: int, mask_id: int, eos_id, block: int, step: int) -> Iterator[Frame]:
+    """A last frame, in which EOS takes the places of x (B, P+C) that rows left unwritten; none if there are none."""
+    rest = x == mask_id
+    rest[:, :plen] = False
+    if bool(rest.any()):
+        no = torch.zeros_like(rest)
+        yield Frame(torch.where(rest, eos_id, x), rest, block, step, no.float(), no)
+
 def diffuse_steps(model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor | None = None, gen_length: int = 256,
                   block_length: int = 32, steps: int | None = None, temperature: float = 0.0, cfg_scale: float = 0.0,
                   remasking: str = "low_confidence", threshold: float | None = None, cache: str = "none",
@@ -701,11 +709,9 @@ def diffuse_steps(model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor
         each step: x̂^k ~ p_θ(x^k | x)^(1/T) for the block's masked k;  the n // s of highest p_θ(x̂^k | x) are committed
 
     prompt (B, P), left-padded; attention_mask (B, P) True = real token: a prompt alone or in a padded batch gives the
-    same tokens [D4]. `mask_id`, `eos_id`, `delete_id`: the ids of those tokens.
-    - steps: of the whole reply, None = gen_length/2, two tokens a step. n masked tokens over s steps are n // s each
-      and one more in the first n % s. temperature T 0 is greedy. cfg_scale: as in `guided_logits`.
-    - remasking: which tokens a step commits, the likeliest ("low_confidence"), any ("random"), or each with the reverse
-      process's probability ("ancestral").
+    same tokens [D4]. steps, of the whole reply: None = gen_length/2; n masked tokens over s steps are n // s each and
+    one more in the first n % s. temperature T, 0 = greedy. cfg_scale: as in `guided_logits`. remasking: the tokens that
+    a step commits, the likeliest, any ("random"), or each with the reverse process's probability ("ancestral").
     - stop_at_eos: a row leaves the batch once a finished block of it holds EOS, and the rest becomes EOS, which changes
       nothing up to its first EOS; so it does once stop(reply (C,)) is true after a block.
     - edit_rate > 0: a step may replace this share of the block's committed tokens, less from step to step, and delete
@@ -713,7 +719,6 @@ def diffuse_steps(model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor
     - context: the model sees at most so many tokens, the last of them one block after the one it writes; there padding
       does shift what a row sees.
     - Approximate, for speed: threshold commits every token above it, in fewer steps; cache, refresh as in `BlockCache`.
-
     Draws from `generator` alone: one torch.Generator, from which a seed a row is taken, or a sequence of one a row.
     ValueError on values that do not go together. Source: Sec. 4 of the paper, and LLaDA's generate.py.
     """
@@ -723,8 +728,7 @@ def diffuse_steps(model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor
     if (stop_at_eos or stop) and eos_id is None:
         raise ValueError("stop_at_eos and stop need eos_id")
     steps_per_block = max(1, (gen_length // 2 if steps is None else steps) // blocks)
-    draws = temperature > 0 or remasking != "low_confidence"
-    generators = row_generators(generator, count) if draws else [None] * count
+    generators = row_generators(generator, count) if temperature or remasking != "low_confidence" else [None] * count
     draft = prompt[:, :0] if draft is None else draft
     if draft.shape[1] > gen_length or (draft.shape[1] == gen_length and not edit_rate):
         raise ValueError(f"a draft of {draft.shape[1]} tokens leaves no room in gen_length {gen_length}, nor edit_rate")
@@ -762,11 +766,8 @@ def diffuse_steps(model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor
         active = active[~ended]
         if len(active) == 0:
             break
-    # rows that left early: what they never wrote becomes EOS, in one last frame
-    if eos_id is not None and len(active) < count and bool((rest := x == mask_id)[:, plen:].any()):
-        rest[:, :plen] = False
-        no = torch.zeros_like(rest)
-        yield Frame(torch.where(rest, eos_id, x), rest, blocks - 1, steps_per_block, no.float(), no)
+    if len(active) < count:
+        yield from fill_with_eos(x, plen, mask_id, eos_id, blocks - 1, steps_per_block)
 
 def diffuse_decode(model, prompt: Tensor, *, mask_id: int, **options) -> Tensor:
     """Write a reply to each prompt: `diffuse_steps` to its end, with the same options. Returns ids (B, P+C)."""
@@ -1058,7 +1059,7 @@ def processes() -> Any:
     from accelerate import PartialState
     return PartialState(cpu=not torch.cuda.is_available())
 
-# %% 9. Tokenizer and chat template
+# %% 9. Tokenizer and chat template — text to ids, and back
 TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' else "
             "'<|eot|>' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
 # for a tokenizer that brings none, in BERT's manner: [CLS] question [SEP] reply [SEP]
@@ -2567,7 +2568,7 @@ def results_table(screen: Screen, entries: list[dict], cfg: Settings) -> None:
     title += "; * = known second-hand" * ("*)" in str(rows))
     screen.table(title, ["task", "row", *(f"length {n}" for n in lengths), "n"], rows)
 
-# %% 13. Checkpoint and resume
+# %% 13. Checkpoint and resume — a run may be killed at any moment
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
     write_whole(path, lambda part: part.write_text(json.dumps(content, indent=1, default=str) + "\n"))
@@ -2748,7 +2749,7 @@ def export_model(model, tokenizer, out: Path, state: dict | None = None, form: s
     if state:
         write_json(out / "d1_state.json", state | {"files": {p.name: checksum(p) for p in out.glob("*.safetensors")}})
 
-# %% 14. Screen and logs
+# %% 14. Screen and logs — what is printed and plotted
 class Screen:
     """All that is printed, by one process: rich bars and tables on a terminal, plain lines elsewhere."""
 
@@ -2830,7 +2831,7 @@ def plot_curves(out: Path) -> None:
         axis.set(title=title, xlabel=f"{stage} update", yscale=scale)
     write_whole(out / "curves.png", lambda part: figure.savefig(part, format="png", dpi=120))
 
-# %% 15. Chat, streaming and pipeline
+# %% 15. Chat, streaming and pipeline — the decoder in a terminal, a browser and transformers
 def streamed(frames: Iterable[Frame], streamer, tokenizer, plen: int, block_length: int,
              stop: str = "") -> Iterator[Frame]:
     """Pass on the frames of one prompt, and show them by a transformers.TextDiffusionStreamer.
@@ -3592,29 +3593,31 @@ def run_sweep(cfg: Settings, screen: Screen, given: dict) -> None:
     screen.say(f"best: {shlex.join(words_of(study.best_params))}")
 
 def tag_key(text: str) -> str:
-    """eq4 of "Eq. (4), Sec. 3.2", sec3.1 of "Sec. 3.1", alg1 of "Algorithm 1", d7 of "[D7]"."""
+    """eq4 of "Eq. (4), Sec. 3.2", sec3.1 of "Sec. 3.1", alg1 of "Algorithm 1"; small letters throughout."""
     return re.sub(r"(?<!\d)\.|[^a-z\d.]", "", text.partition(",")[0].lower().replace("algorithm", "alg"))
 
 def tag_tables() -> tuple[dict[str, Sequence[str]], dict[str, Sequence[str]]]:
     """The head's tables by tag: equations (place in the paper, function, what it is); deviations (here, official)."""
     equations = re.findall(r"^    d1 (\S.*?)  +(\w+)  +(.*)$", __doc__ or "", re.MULTILINE)
     deviations = re.findall(r"^    (D\d+)  +(.*?) · (.*)$", __doc__ or "", re.MULTILINE)
-    return {tag_key(row[0]): row for row in equations}, {tag_key(tag): row for tag, *row in deviations}
+    return {tag_key(row[0]): row for row in equations}, {tag: row for tag, *row in deviations}
 
+@functools.cache
 def definitions(source: str) -> dict[str, Any]:
     """The syntax trees of the functions, classes and methods (Class.method) of this file, by name, in their order."""
     found = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found[node.name] = node
-            found |= {f"{node.name}.{m.name}": m for m in node.body if isinstance(m, ast.FunctionDef)}
+            methods = [m for m in node.body if isinstance(m, ast.FunctionDef) and isinstance(node, ast.ClassDef)]
+            found |= {f"{node.name}.{m.name}": m for m in methods}
     return found
 
 def places_of(tag: str, source: str) -> dict[int, str]:
     """The lines where a deviation's tag stands, each with the function or class around it."""
     nodes = definitions(source).items()
     return {n: [name for name, d in nodes if d.lineno <= n <= d.end_lineno][-1]
-            for n, line in enumerate(source.splitlines(), 1) if f"[{tag.upper()}]" in line}
+            for n, line in enumerate(source.splitlines(), 1) if f"[{tag}]" in line}
 
 def code_of(tag: str, source: str) -> tuple[list[str], list[str]]:
     """The functions that make an equation, and the other tags whose functions they call."""
@@ -3634,18 +3637,18 @@ def explain(tag: str, screen: Screen) -> None:
     (equations, deviations), source = tag_tables(), Path(__file__).read_text(encoding="utf-8")
     key, nodes = tag_key(tag), definitions(source)
     def show(first: int, last: int) -> None:
-        lines = Syntax(source, "python", line_numbers=True, line_range=(first, last), theme="ansi_dark")
-        screen.console.print(lines)
+        code = "\n".join(source.splitlines()[first - 1 : last])
+        screen.console.print(Syntax(code, "python", line_numbers=True, start_line=first, theme="ansi_dark"))
     def note(deviation: str) -> None:
-        screen.say("[{}] here: {}\n     official code: {}".format(deviation.upper(), *deviations[deviation]))
+        screen.say("[{}] here: {}\n     official code: {}".format(deviation, *deviations[deviation]))
     if key == "tags":
         for title, header, rows in (("Equations", ("tag", "paper", "function", "what"), equations),
                                     ("Deviations", ("tag", "here", "official code"), deviations)):
             screen.table(title, header, [(k, *row) for k, row in rows.items()], text=True)
         return
-    if key in deviations:
-        note(key)
-        for n, where in places_of(key, source).items():
+    if key.upper() in deviations:
+        note(key.upper())
+        for n, where in places_of(key.upper(), source).items():
             screen.say(f"\n{where}, line {n}:")
             show(n, min(n + 9, nodes[where].end_lineno))
     elif key in equations:
