@@ -1996,7 +1996,7 @@ class Stage:
         self.best, self.score, self.stale = None, math.nan, 0  # (score, step, weights); the last; checks since a better
         self.skipped = self.flat = 0  # updates in a row: left out, as not finite; with groups that were all paid alike
         self.batch: list[Rollout] = []  # of stage 2, in use over mu updates
-        self.owed = False  # a held-out check that a signal put off
+        self.owed = False  # a held-out check that is due before the next update
         self.sound = True  # every loss of this update was finite on this process
 
     def fill_model(self, empty: bool = False) -> None:
@@ -2295,6 +2295,7 @@ class DiffuGRPO(Stage):
         super().__init__(model, tokenizer, cfg, out, cfg.lr_rl, cfg.wd_rl, cfg.clip_rl, cfg.steps_rl)
         self.examples, self.ask, self.reward, self.heldout = examples, ask, reward, heldout
         self.sample, self.seen = "", []  # seen: metrics since the last check
+        self.owed = heldout is not None  # of the policy as it came: the curve begins there, and training must beat it
 
     def batch_name(self) -> str:
         i, k = divmod(self.step, self.cfg.mu)
@@ -2381,7 +2382,7 @@ class DiffuGRPO(Stage):
 
     def check(self, screen: Screen) -> dict[str, float]:
         """Score held-out problems; remember the best weights so far."""
-        if self.sample:  # a run resumed for this check has drawn nothing yet
+        if self.sample:  # nothing was drawn yet at the start, or if a run was resumed for this check
             screen.say(f"  sample: {self.sample}")
         kl, entropy, error = (  # medians: a single token can throw one update's KL far out
             sorted(m[k] for m in self.seen)[len(self.seen) // 2] if self.seen and k in self.seen[0] else math.nan

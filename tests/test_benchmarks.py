@@ -68,7 +68,7 @@ def test_a_reward_that_fails_is_one_line(own, reward, word, capsys):
 def test_reward_errors_zero_goes_on_and_counts(own, capsys):
     assert own("pay.py:fails", "--skip_sft", "--skip_eval", "--reward_errors", "zero") == 0
     said = capsys.readouterr().err.splitlines()
-    assert [line.split("; ")[1] for line in said] == [f"paid 0, {n} calls so far" for n in (1, 2, 4)]
+    assert [line.split("; ")[1] for line in said] == [f"paid 0, {n} calls so far" for n in (1, 2, 4, 8)]
     assert "pay.py, line 8: ZeroDivisionError" in said[0]
 
 
@@ -178,21 +178,22 @@ def test_a_damaged_eval_json_is_one_line(tiny, quick, tmp_path, screen):
 
 
 def test_patience_stops_at_a_plateau_and_both_accuracies_are_told(tiny, quick, tmp_path, capsys):
-    scores, task = iter([0.2, 0.5, 0.4, 0.5, 0.9]), d1.TASKS["sudoku"]
+    scores, task = iter([0.1, 0.2, 0.5, 0.4, 0.5, 0.9]), d1.TASKS["sudoku"]  # the first of the start
     cfg = quick(steps_rl=20, patience=2, save_steps=2, beta=0.0, output_dir=str(tmp_path))
-    stage = d1.DiffuGRPO(*d1.load_model("tiny"), task.examples("train", 4), task.messages, task.pay, cfg, tmp_path,
-                         lambda model: next(scores))
+    stage = d1.DiffuGRPO(*d1.load_model("tiny"), task.examples("train", 4), task.messages, task.batch_rewards, cfg,
+                         tmp_path, lambda model: next(scores))
     screen = d1.Screen()
     stage.run(screen)
     assert stage.step == 8 and stage.best[:2] == (0.5, 8)  # .2 .5 .4 .5: the two last were no better
-    again = d1.DiffuGRPO(*d1.load_model("tiny"), task.examples("train", 4), task.messages, task.pay, cfg, tmp_path,
-                         lambda model: next(scores))
+    again = d1.DiffuGRPO(*d1.load_model("tiny"), task.examples("train", 4), task.messages, task.batch_rewards, cfg,
+                         tmp_path, lambda model: next(scores))
     assert d1.load_trainer(again, screen) and again.stale == 2
     again.run(screen)  # a resumed run has stopped too
     assert again.step == 8
     again.best = (0.5, 4, again.best[2])
     again.finish(screen)
     shown = capsys.readouterr().out
+    assert d1.read_log(tmp_path / "metrics.jsonl")[0] == dict(stage="diffu_grpo", step=0, heldout_accuracy=0.1)
     assert "stopped at step 8" in shown and "weights of step 4 kept: held-out accuracy 50.0 %" in shown
 
 

@@ -61,7 +61,7 @@ def test_visible_tokens_weigh_one_and_masked_ones_the_inverse_of_t():
     logp = logits.float().log_softmax(-1).gather(-1, x0[..., None])[..., 0]
     want = -sum(logp[b, k] * (1 / t[b] if masked[b, k] else 1.0) for b in range(4) for k in range(9) if not keep[b, k])
     asked = masked | visible
-    loss, _ = d1.weighted_nelbo(*d1.token_losses(logits[asked], x0[asked]), masked, t, keep, visible)
+    loss, _ = d1.weighted_nelbo(*d1.token_losses(logits[asked], x0[asked]), masked, t, keep, asked)
     assert torch.allclose(loss, want / (~keep).sum(), rtol=1e-5)
 
 

@@ -95,7 +95,7 @@ def test_rows_of_one_prompt_mask_are_computed_once_with_the_same_result(masks, p
     hide = torch.rand((3, 7) if masks == "shared" else (12, 7), generator=rng(5)) < (masks != "none") * 0.5
     hide = hide.repeat_interleave(4, 0) if masks == "shared" else hide
     q = torch.cat([torch.where(hide, MASK, prompt), torch.full((12, 5), MASK)], 1)
-    logits = model(q, attention_mask=d1.extend_mask(real, 12)).logits[:, 7:]
+    logits = model(q, attention_mask=None if real is None else d1.extend_mask(real, 12)).logits[:, 7:]
     want = logits.log_softmax(-1).gather(-1, completion[..., None])[..., 0]
     rows = []
     model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
@@ -160,7 +160,8 @@ def test_a_cache_holds_keys_under_gradient_checkpointing_too(tiny, quick, tmp_pa
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         task = d1.TASKS["sudoku"]
-        stage = d1.DiffuGRPO(model, tiny[1], task.examples("train", 4), task.messages, task.pay, cfg, tmp_path)
+        stage = d1.DiffuGRPO(model, tiny[1], task.examples("train", 4), task.messages, task.batch_rewards, cfg,
+                             tmp_path)
         stage.update()
         drawn.append(stage.batch[0].completion)
         assert any(m.training for m in model.modules()) == checkpointing  # on again in the update

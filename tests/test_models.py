@@ -276,8 +276,8 @@ def test_sft_saves_an_adapter_rl_starts_from_it_and_evaluation_runs(kind, folder
     common = ["--use_lora", "--preset", "paper", "--output_dir", tmp_path, *SHORT, *four]
     command("--model", base, "--task", "sft_only", "--sft_data", traces, *common)
     said = capsys.readouterr().out
-    assert "1 malformed" in said and "left out: row number 4" in said
-    assert "1 cut at --sft_length 420: row number 6" in said
+    assert "1 left out, malformed or without room for a reply: row 4" in said
+    assert "1 cut at --sft_length 420: row 6" in said
     assert "LoRA r 8, alpha 16 on " in said and " x2" in said and "mask " in said
     folder = tmp_path / "sft"
     assert (folder / "adapter_model.safetensors").exists() and not (folder / "model.safetensors").exists()
