@@ -197,6 +197,30 @@ def test_patience_stops_at_a_plateau_and_both_accuracies_are_told(tiny, quick, t
     assert "stopped at step 8" in shown and "weights of step 4 kept: held-out accuracy 50.0 %" in shown
 
 
+def test_the_papers_figure_stands_beside_the_official_score_of_llada_alone(tmp_path, quick, capsys):
+    entry = dict(task="sudoku", row="sft", n=256, accuracy=0.02, low=0, high=0.05, cells=0.12, official=0.12, data="")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/config.json").write_text("{}")
+    state = tmp_path / "own/d1_state.json"
+    for origin, known in (("GSAI-ML/LLaDA-8B-Instruct", True), ("GSAI-ML/LLaDA-8B-Base", False), ("tiny", False)):
+        state.write_text(json.dumps({"origin": origin}))  # of a checkpoint: where its training began
+        cfg = quick(model=str(tmp_path / "own"), preset="paper")
+        d1.results_table(d1.Screen(), [entry | {"gen_length": 128}], cfg)
+        lines = capsys.readouterr().out.splitlines()
+        beside = [("(paper 16.5*)" in line, "official" in line) for line in lines if "(paper" in line]
+        assert beside == [(True, True)] * known
+        assert any("known second-hand" in line for line in lines) == known
+    assert d1.origin_of("llada/llada-8b-instruct") == "GSAI-ML/LLaDA-8B-Instruct"
+
+
+def test_a_hub_set_without_texts_is_named_by_row_and_columns(monkeypatch):
+    hub_sets(monkeypatch, set={"train": [{"text": "good"}, {"body": "x"}]})
+    texts = d1.texts_of("own/set")
+    assert next(texts) == "good"
+    with pytest.raises(d1.UserError, match="own/set, row 2: no column text; it has body"):
+        next(texts)
+
+
 def hub_sets(monkeypatch, **sets):
     """Stand-ins for public data sets: {name: {split: rows}}."""
     import datasets

@@ -133,7 +133,9 @@ def test_a_non_finite_loss_ends_with_status_1(tmp_path, capsys):
     ("--task sudoku --mu three", "--mu"), ("--task sudoku --config none.yaml", "none.yaml"),
     ("--task sft_only --eval_only", "benchmark"), ("--task sudoku --model ./nowhere", "no such folder"),
     ("--task sudoku --load_4bit", "random weights"), ("--task sudoku --use_lora", "random weights"),
-    ("--task sft_only --skip_sft", "nothing to do"),
+    ("--task sft_only --skip_sft", "nothing to do"), ("--task table1 --data a.csv", "problems of one benchmark"),
+    ("--task sft_only --data a.csv", "--sft_data"), ("--task chat --report_to wandb", "needs a run that trains"),
+    ("--task sft_only --patience 2", "needs stage 2"),
     ("--task sudoku --resume", "nothing to resume"), ("--task sudoku --lr_rl inf", "finite"),
     ("--task sudoku --data no.csv --eval_only", "no data file"),
 ])
@@ -267,7 +269,12 @@ def test_a_kill_before_the_first_checkpoint_leaves_no_step_twice(tmp_path):
     assert [r["step"] for r in rows if r["stage"] == "diffu_grpo" and "loss" in r] == [1, 2, 3, 4]
 
 
-def test_dry_run_of_other_models_and_of_table1(trained, capsys):
-    for flags in (["--task", "sudoku", "--model", str(trained / "sudoku")], ["--task", "table1"]):
-        assert d1.main([*flags, "--dry_run"]) == 0
-        assert "RL rollouts" in capsys.readouterr().out
+@pytest.mark.parametrize("flags,stage1,updates", [
+    ("--task sudoku", True, 160), ("--task sudoku --model TRAINED", False, 160),  # which has passed stage 1
+    ("--task table1", True, 2 * 4 * 160), ("--task table1 --steps_rl 10", True, 2 * 4 * 10),
+    ("--task table1 --model llada/llada-8b-instruct --use_lora", True, 2 * 2 * (7700 + 6600 + 5000 + 3800))])
+def test_dry_run_counts_the_updates_that_a_run_will_make(flags, stage1, updates, trained, capsys):
+    assert d1.main([*flags.replace("TRAINED", str(trained / "sudoku")).split(), "--dry_run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert stage1 == any("SFT: forward" in line for line in lines)
+    assert [f"; {updates:,} in the run" in line for line in lines if "RL updates" in line] == [True]

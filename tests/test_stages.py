@@ -67,6 +67,13 @@ def test_sft_trains_the_reply_and_eos_alone(tiny, quick, tmp_path):
     assert short[0].tolist() == ids[:-3]
 
 
+def test_rows_without_room_for_a_reply_teach_nothing(tiny, quick, tmp_path):
+    cfg = quick(sft_length=8, sft_extra=0, rows_sft=4)
+    stage = d1.MaskedSFT(copy.deepcopy(tiny[0]), tiny[1], [([1] * 12, 10)] * 3 + [([1] * 12, 2)], cfg, tmp_path)
+    loss, _ = stage.nelbo([([1] * 12, 10)] * 2, ("sft_mask", 0))
+    assert loss.item() == 0  # not 0/0, which would count as a broken update
+
+
 @pytest.mark.parametrize("kind", ["sft", "sft_lora", "grpo", "grpo_lora"])
 def test_a_resumed_run_equals_an_unbroken_one(tiny, quick, tmp_path, screen, kind):
     def make(out, steps):

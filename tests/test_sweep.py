@@ -426,6 +426,7 @@ def test_several_processes_of_accelerate_are_refused(ran, tmp_path, capsys, monk
     ("a: [", "space.yaml"), ("", "a line"), ("norm: {low: 1, high: 2}", "sequence"), ("norm: [batch]", "sequence"),
     ("output_dir: [a, b]", "cannot be swept"), ("task: [count]", "cannot be swept"), ("mu: [true]", "--mu"),
     ("lr_rl: [.inf]", "finite"), ("use_lora: [maybe]", "--use_lora"), ("\x00", "space.yaml"),
+    ("{}", "names no setting"),
 ])
 def test_a_bad_sweep_space_is_one_line(text, word, tmp_path):
     pytest.importorskip("optuna")
