@@ -134,7 +134,8 @@ def test_functions_are_short_documented_and_free_of_dead_ends():
 def readme_commands():
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    parts = [p.strip() for line in lines for p in line.split("#")[0].split("&&")]
+    inline = re.findall(r"`(python d1_full\.py[^`]*)`", README)
+    parts = [p.strip() for line in [*lines, *inline] for p in line.split("#")[0].split("&&")]
     return [p for p in parts if re.match(r"python d1_full\.py", p)]
 
 
