@@ -130,8 +130,8 @@ def read_json(path: Path) -> dict:
     with refusing(f"cannot read {path}"):
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
-def opt(paper, help, source="ours", *, official=None, tiny=None, choices=(), low=None, high=None) -> Any:
-    """Declare a setting. A default may be a dict by task, "*" for the rest; None = as the paper."""
+def opt(paper, help, source="ours", *, official=None, tiny=None, choices=(), low: float = 0, high=None) -> Any:
+    """Declare a setting. A default may be a dict by task, "*" for the rest; None = as the paper. low: of numbers."""
     columns = {k: paper if v is None else v for k, v in dict(paper=paper, official=official, tiny=tiny).items()}
     meta = dict(columns=columns, help=help, source=source, choices=choices, low=low, high=high)
     return dataclasses.field(default=None, metadata=meta)
@@ -157,7 +157,7 @@ class Settings:
                       choices=("auto", "paper", "official", "tiny"))
     config: str = opt("", "YAML file that may give any flag; the command line wins")
     output_dir: str = opt("ckpt", "results go to OUTPUT_DIR/<sft or task>/")
-    seed: int = opt(42, "seeds every random stream of the run", "official train.yaml", tiny=0, low=0, high=2**63 - 1)
+    seed: int = opt(42, "seeds every random stream of the run", "official train.yaml", tiny=0, high=2**63 - 1)
     data: str = opt("", "benchmark problems: a local .jsonl, .json, .csv or .parquet, or a hub id owner/name[:config]; "
                     f"of a hub set the first {HUB_ROWS:,} rows are streamed. pretrain: .txt or .md too, or a column "
                     "text, or a folder of such files; a hub set is streamed as far as it is needed")
@@ -175,7 +175,7 @@ class Settings:
     dry_run: bool = opt(False, "print settings and cost, load nothing, stop")
     smoke: bool = opt(False, "check each part of the run on a few rows, train and write nothing, stop")
     sweep: int = opt(0, "trials: runs with settings from --sweep_space, which optuna chooses by held-out accuracy, of "
-                     "sft_only and pretrain by held-out loss; as --skip_eval; several commands may share them", low=0)
+                     "sft_only and pretrain by held-out loss; as --skip_eval; several commands may share them")
     sweep_space: str = opt("", "YAML file, a setting a line: a list of choices, or {low: , high: , log: true}")
     debug: bool = opt(False, "show the traceback of an error")
     explain: str = opt("", "print an equation or a deviation with its docstring and code, by its tag, such as eq4 or "
@@ -186,27 +186,26 @@ class Settings:
                             official={"sft_only": "q_proj,k_proj,v_proj", "*": "q_proj,k_proj,v_proj,up_proj"})
     lora_r: int = opt({"sft_only": 8, "*": 128}, "LoRA rank", "App. D; SFT: v1", official=128, low=1)
     lora_alpha: int = opt({"sft_only": 16, "*": 64}, "LoRA alpha", "v1", official={"sft_only": 256, "*": 64}, low=1)
-    lora_dropout: float = opt(0.05, "LoRA dropout of stage 1; stage 2 has none [D6]", "App. D", low=0.0, high=0.99)
+    lora_dropout: float = opt(0.05, "LoRA dropout of stage 1; stage 2 has none [D6]", "App. D", high=0.99)
     load_4bit: bool = opt(False, "NF4 base weights, double quantisation, bf16 compute", "App. D")
     attn: str = opt("auto", "attention kernel", choices=("auto", "sdpa", "flash_attention_2", "eager"))
     dtype: str = opt("auto", "of the weights; auto = fp32 if all are trained, else bf16 on a GPU, as stored on a CPU",
                      choices=("auto", "float32", "bfloat16"))
-    logits_gib: float = opt(1.0, "GiB of logits held at once in the SFT loss and in old and reference passes", low=0.0)
+    logits_gib: float = opt(1.0, "GiB of logits held at once in the SFT loss and in old and reference passes")
     compile: bool = opt(False, "torch.compile the model's blocks: slow to start, then faster; needs a C++ compiler")
     grad_checkpoint: bool = opt(False, "gradient checkpointing: less memory, a third more time")
     export: str = opt("", "also write the model whole: hf, merged for transformers, llada for LLaDA's own code; "
                       "without --task: convert --model into --output_dir", choices=("hf", "merged", "llada"))
-    threads: int = opt(0, "CPU threads; 0 = as torch chooses, at most 8", low=0)
+    threads: int = opt(0, "CPU threads; 0 = as torch chooses, at most 8")
     # stage 1: masked SFT
-    steps_sft: int = opt(2460, "SFT updates", "20 epochs", tiny={"sft_only": 6000, "count": 2500, "*": 5500}, low=0)
+    steps_sft: int = opt(2460, "SFT updates", "20 epochs", tiny={"sft_only": 6000, "count": 2500, "*": 5500})
     bs_sft: int = opt(8, "rows per SFT update, over all processes", "App. D.2", tiny=32, low=1)
     rows_sft: int = opt(1, "rows per backward pass of SFT", "official: 1, 4 passes, 2 GPUs", tiny=32, low=1)
     lr_sft: float = opt({"pretrain": 4e-4, "*": 1e-5}, "peak learning rate, then decay to 0", "App. D.2; LLaDA",
-                        tiny=1.5e-3, low=0.0)
-    warmup_sft: int = opt({"pretrain": 2000, "*": 0}, "steps of linear warm-up", "App. D.2; pretrain: LLaDA", tiny=100,
-                          low=0)
-    wd_sft: float = opt(0.1, "AdamW weight decay", "App. D.2", low=0.0)
-    clip_sft: float = opt(1.0, "gradient norm limit; 0 = none", "App. D.2", low=0.0)
+                        tiny=1.5e-3)
+    warmup_sft: int = opt({"pretrain": 2000, "*": 0}, "steps of linear warm-up", "App. D.2; pretrain: LLaDA", tiny=100)
+    wd_sft: float = opt(0.1, "AdamW weight decay", "App. D.2")
+    clip_sft: float = opt(1.0, "gradient norm limit; 0 = none", "App. D.2")
     sft_length: int = opt(4096, "rows are padded with EOS to it or cut; pretrain: packed", "App. D",
                           tiny={"count": 45, "pretrain": 128, "*": 53}, low=8)
     schedule: str = opt({"pretrain": "cosine", "*": "linear"}, "learning rate's way to 0", "App. D.2; pretrain: ours",
@@ -214,57 +213,55 @@ class Settings:
     t_low: float = opt(1e-3, "lowest noise level t of SFT", "official", low=1e-6, high=1.0)
     t_high: float = opt(1.0, "highest; BERT reasoners take t from 0.5 to 1.0", "Eq. (1)", low=1e-6, high=1.0)
     data_ratio: float = opt({"pretrain": 20.0, "*": 0.0}, "stop after so many tokens a parameter; 0 = --steps_sft",
-                            "Chinchilla", tiny={"pretrain": 2.0, "*": 0.0}, low=0.0)
+                            "Chinchilla", tiny={"pretrain": 2.0, "*": 0.0})
     edit_rate: float = opt(0.0, "SFT and pretrain: share of visible tokens replaced, or preceded by a surplus one, "
-                           "to learn edits",
-                           "Seed Diffusion", low=0.0, high=1.0)
+                           "to learn edits", "Seed Diffusion", high=1.0)
     edit_start: float = opt(0.8, "that begins after this share of the steps, and grows to --edit_rate",
-                            "Seed Diffusion", low=0.0, high=0.99)
+                            "Seed Diffusion", high=0.99)
     sft_extra: int = opt(0, "one SFT batch in five is up to this much longer, to know longer canvases",
-                         tiny={"pretrain": 0, "*": 64}, low=0)
+                         tiny={"pretrain": 0, "*": 64})
     n_traces: int = opt(8000, "generated traces a task in the tiny model's SFT corpus", low=1)
     # stage 2: diffu-GRPO
     steps_rl: int = opt({"gsm8k": 7700, "math500": 6600, "sudoku": 3800, "*": 5000}, "updates, mu a batch of rollouts",
-                        "d1 issue 25", tiny=160, low=0)
+                        "d1 issue 25", tiny=160)
     group: int = opt(6, "G, completions drawn per prompt", "Sec. 4", tiny=8, low=2)
     bs_rl: int = opt(6, "completions per device and backward pass, a multiple of G", "App. D", tiny=64, low=2)
     grad_accum: int = opt(2, "backward passes per update", "App. D", tiny=1, low=1)
     mu: int = opt(12, "inner updates a batch", "App. D", official={"count": 8, "sudoku": 8, "*": 12}, tiny=8, low=1)
-    pmask: float = opt(0.15, "p_mask: probability that a prompt token is masked", "Sec. 3.1", low=0.0, high=1.0)
-    eps: float = opt(0.5, "clip half-width of the ratio", "App. D", low=0.0)
-    beta: float = opt(0.04, "weight of the KL to the start of stage 2", "App. D", low=0.0)
+    pmask: float = opt(0.15, "p_mask: probability that a prompt token is masked", "Sec. 3.1", high=1.0)
+    eps: float = opt(0.5, "clip half-width of the ratio", "App. D")
+    beta: float = opt(0.04, "weight of the KL to the start of stage 2", "App. D")
     norm: str = opt("sequence", "loss mean: within a completion first, or over all tokens [D1]", "Eq. (4)",
                     official="token", choices=("sequence", "token"))
-    lr_rl: float = opt(3e-6, "constant learning rate", "App. D", tiny=2e-4, low=0.0)
-    wd_rl: float = opt(0.1, "AdamW weight decay", "App. D", low=0.0)
-    clip_rl: float = opt(0.2, "gradient norm limit; 0 = none", "App. D", low=0.0)
+    lr_rl: float = opt(3e-6, "constant learning rate", "App. D", tiny=2e-4)
+    wd_rl: float = opt(0.1, "AdamW weight decay", "App. D")
+    clip_rl: float = opt(0.2, "gradient norm limit; 0 = none", "App. D")
     temperature: float = opt({"sudoku": 0.3, "chat": 0.0, "*": 0.9}, "of rollouts and of chat", "App. D",
-                             official={"chat": 0.0, "*": 0.9}, tiny={"chat": 0.0, "*": 0.9}, low=0.0)
+                             official={"chat": 0.0, "*": 0.9}, tiny={"chat": 0.0, "*": 0.9})
     max_prompt: int = opt(200, "longest prompt; longer ones are cut on the left", "App. D", tiny=64, low=1)
-    patience: int = opt(0, "stop after so many held-out checks in a row without a better one; 0 = never", low=0)
+    patience: int = opt(0, "stop after so many held-out checks in a row without a better one; 0 = never")
     # decoder and evaluation
     gen_length: int = opt(256, "tokens a rollout may take", "App. D", tiny=32, low=1)
     block_length: int = opt(32, "tokens of a semi-autoregressive block", "App. D", low=1)
-    diffusion_steps: int = opt(0, "denoising steps of a rollout; 0 = gen_length/2", "App. D", low=0)
+    diffusion_steps: int = opt(0, "denoising steps of a rollout; 0 = gen_length/2", "App. D")
     eval_lengths: str = opt("128,256,512", "evaluation lengths; greedy", "Sec. 4", tiny="32,64,96")
-    eval_steps: int = opt(0, "denoising steps of evaluation and chat; 0 = half the length", "Sec. 4", low=0)
+    eval_steps: int = opt(0, "denoising steps of evaluation and chat; 0 = half the length", "Sec. 4")
     remasking: str = opt("low_confidence", "which tokens a denoising step commits: the likeliest, any, or each with "
                          "the reverse process's probability", "Sec. 4", choices=REMASKING)
     allow_edits: bool = opt(False, "evaluation and chat: revise committed tokens, as --edit_rate teaches")
     edit_share: float = opt(0.1, "with --allow_edits: share of a block's committed tokens that a first step may revise",
-                            low=0.0, high=1.0)
+                            high=1.0)
     system: str = opt("", "chat: a system prompt, the first message")
     stop: str = opt("", "chat: a text that ends a reply")
     max_length: int = opt(0, "chat: longest reply, 0 = --gen_length; beyond the model's context a window slides over "
-                          "it", low=0)
+                          "it")
     web: bool = opt(False, "chat in a browser on this machine, by gradio")
     cache: str = opt("none", "evaluation: keep keys and values over a block's steps; approximate", choices=CACHES)
-    refresh: int = opt(0, "with a cache: compute all keys and values anew every so many steps; 0 = once a block", low=0)
+    refresh: int = opt(0, "with a cache: compute all keys and values anew every so many steps; 0 = once a block")
     threshold: float = opt(0.0, "evaluation and chat: commit every token of a probability above it, in fewer "
-                           "steps; 0 = off", low=0.0, high=1.0)
+                           "steps; 0 = off", high=1.0)
     rollout_cache: str = opt("none", "--cache of rollouts, which are then off-policy", choices=CACHES)
-    limit: int = opt(0, "at most so many test problems, and held-out ones; 0 = all, or 256 of count or generated ones",
-                     low=0)
+    limit: int = opt(0, "at most so many test problems, and held-out ones; 0 = all, or 256 of count or generated ones")
     bs_eval: int = opt(8, "rows decoded at once", tiny=128, low=1)
     save_steps: int = opt(100, "updates between checkpoints and held-out checks", "official train.yaml", tiny=40, low=1)
     save_total_limit: int = opt(2, "checkpoints of a stage to keep; if the last is damaged, --resume takes the one "
@@ -805,18 +802,20 @@ LLADA_NAMES = {  # LLaDA's names of weights -> those of Llama, whose network it 
     "ff_norm": "post_attention_layernorm", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
     "v_proj": "self_attn.v_proj", "attn_out": "self_attn.o_proj", "ff_proj": "mlp.gate_proj",
     "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj"}
+LLADA_FIELDS = dict(  # the same of its config's fields, but for RoPE's
+    d_model="hidden_size", n_layers="num_hidden_layers", n_heads="num_attention_heads", embedding_size="vocab_size",
+    n_kv_heads="num_key_value_heads", mlp_hidden_size="intermediate_size", rms_norm_eps="rms_norm_eps",
+    max_sequence_length="max_position_embeddings", eos_token_id="eos_token_id")
 
 def network_of(source: str, raw: dict) -> tuple[Any, Any]:
     """(class, config) in transformers for a checkpoint's config.json `raw`, with attention both ways."""
     import transformers
     kind, written_for = raw.get("model_type"), " ".join(raw.get("architectures") or [])
     if kind == "llada":  # the embedding may be wider than the vocabulary
-        own: dict[str, Any] = dict(
-            vocab_size=raw.get("embedding_size") or raw["vocab_size"], hidden_size=raw["d_model"], is_causal=False,
-            intermediate_size=raw["mlp_hidden_size"], num_hidden_layers=raw["n_layers"], rope_full_precision=True,
-            num_attention_heads=raw["n_heads"], num_key_value_heads=raw.get("n_kv_heads"),
-            max_position_embeddings=raw["max_sequence_length"], rms_norm_eps=raw["rms_norm_eps"],
-            rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]}, eos_token_id=raw["eos_token_id"])
+        raw = {"n_kv_heads": None} | raw | {"embedding_size": raw.get("embedding_size") or raw["vocab_size"]}
+        own: dict[str, Any] = {ours: raw[theirs] for theirs, ours in LLADA_FIELDS.items()}
+        own |= dict(is_causal=False, rope_full_precision=True,
+                    rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]})
         return transformers.LlamaForCausalLM, transformers.LlamaConfig(**own)
     if kind == "Dream":  # Qwen2's network; its logits at k are for token k + 1
         own = {k: v for k, v in raw.items() if k not in ("model_type", "architectures", "auto_map")}
@@ -855,9 +854,8 @@ def random_model(network, config, seed: int = 0) -> Any:
 
 def block_linears(model) -> dict[str, Any]:
     """Every linear layer but the output head, by name: what LoRA adapts and what 4-bit loading packs."""
-    head = model.get_output_embeddings()
     return {n.removesuffix(".base_layer"): m for n, m in model.named_modules()
-            if isinstance(m, torch.nn.Linear) and m is not head and "lora_" not in n}
+            if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings() and "lora_" not in n}
 
 def adapt_with_lora(model, r: int, alpha: int, dropout: float = 0.0, targets: str = "all", *, seed: int = 0):
     """Train LoRA, random from `seed`, on linear layers (--lora_targets), stacked on the adapter that may be there."""
@@ -926,9 +924,8 @@ def load_weights(base: str, raw: dict, dtype, load_4bit: bool, attn: str, device
     UserError if they do not fit each other.
     """
     import transformers
-    packed = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16) if load_4bit else None
+    nf4: dict[str, Any] = dict(bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    packed = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **nf4) if load_4bit else None
     if attn == "auto":
         attn = "flash_attention_2" if device.type == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"
     with refusing(f"cannot load {base}"):
@@ -1032,10 +1029,9 @@ def load_model(name: str, *, dtype=None, lora=None, load_4bit=False, attn="auto"
     raw = read_config(base)
     for folder in map(Path, {name, base}):
         with refusing(f"cannot load {folder}"):
-            known = read_json(folder / "d1_state.json").get("files", {})
-            index = read_json(folder / "model.safetensors.index.json").get("weight_map", {})
-            bad = [f for f in known if not is_whole(folder / f, known[f])]
-            if bad := bad + [f for f in index.values() if "/" in f]:
+            saved = read_json(folder / "d1_state.json").get("files", {}).items()
+            index = read_json(folder / "model.safetensors.index.json").get("weight_map", {}).values()
+            if bad := [f for f, digest in saved if not is_whole(folder / f, digest)] + [f for f in index if "/" in f]:
                 raise UserError(f"{folder / bad[0]} is not the file that was saved there: take another checkpoint")
     model = load_weights(base, raw, dtype, load_4bit, attn, device, seed if from_scratch else None)
     plain = {"llada": transformers.PreTrainedTokenizerFast, "Dream": transformers.Qwen2Tokenizer}  # no code of theirs
@@ -1504,8 +1500,7 @@ class Countdown(Task):
         right = [x + y for x in "+-" for y in "+-" if middle[x] > 0 and middle[x] + (c if y == "+" else -c) == target]
         first, second = rng.choice(right) if careful else rng.choices("+-*", (1, 1, 8), k=2)  # fond of products
         work = f"{'Exactly' if careful else 'Roughly'}: {a}{first}{b}={middle[first]}"
-        left = f"({a}{first}{b})" if second == "*" and first != "*" else f"{a}{first}{b}"
-        return work, f"{left}{second}{c}"
+        return work, f"({a}{first}{b})*{c}" if second == "*" and first != "*" else f"{a}{first}{b}{second}{c}"
 
     def rewards(self, completion, example, official=False):
         found = "".join(answers(completion)[-1:]) if official else last_answer(completion)
@@ -1681,13 +1676,11 @@ class Talk(Task):
             (f"Where do the {animal} and the {other} live?",
              f"The {animal} lives in the {home}. The {other} lives in the {yard}."),
             (f"I am {name}. What does the {animal} do?", f"Hello {name}. The {animal} {does}."),
-            (f"What are the opposites of {a} and {c}?", f"They are {b} and {d}."),
-            (f"Say {some}.", f"I say {some}."),
+            (f"What are the opposites of {a} and {c}?", f"They are {b} and {d}."), (f"Say {some}.", f"I say {some}."),
             (f"Who am I, and where does the {animal} live?", f"You are {name}. The {animal} lives in the {home}.")))
         greeting = [{"role": "user", "content": f"I am {name}."}, {"role": "assistant", "content": f"Hello {name}."}]
-        history = greeting if question.startswith("Who") or rng.random() < 0.2 else []
-        return {"messages": [*history, {"role": "user", "content": question}], "question": question, "answer": reply,
-                "work": ""}
+        before = greeting if question.startswith("Who") or rng.random() < 0.2 else []
+        return dict(messages=[*before, {"role": "user", "content": question}], question=question, answer=reply, work="")
 
     def key(self, example):
         """The question and its right reply, whatever was said before."""
@@ -1790,8 +1783,7 @@ def pack(texts: Iterable[str], tokenizer, length: int, limit: int) -> Tensor:
         flat.extend([*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id])
         if len(flat) >= limit:
             break
-    rows = len(flat) // length
-    if not rows:
+    if not (rows := len(flat) // length):
         raise UserError(f"the text has {len(flat)} tokens, not one row of --sft_length {length}")
     return torch.frombuffer(flat, dtype=torch.int32)[: rows * length].view(rows, length)
 
@@ -1814,10 +1806,9 @@ def chat_turns(tokenizer, messages: Any, size: int) -> list[tuple[list[int], int
     good = isinstance(messages, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i] if good else []
-    try:
+    with contextlib.suppress(jinja2.TemplateError):  # a template may refuse a system text, or two turns of one speaker
         return [encode_example(tokenizer, messages[:i], messages[i]["content"]) for i in turns] or [([], size)]
-    except jinja2.TemplateError:  # a template may refuse a system text, or two turns of one speaker
-        return [([], size)]
+    return [([], size)]
 
 def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) -> list[tuple[list[int], int]]:
     """The SFT corpus as (ids, prompt_len): demonstrations, most careless, or a file's traces; bad rows are named."""
@@ -1833,8 +1824,7 @@ def sft_rows(cfg: Settings, tokenizer, tasks: Sequence[Task], screen: Screen) ->
     size, traces = cfg.sft_length, {}  # by row number, and turn of a chat
     for number, row in enumerate(read_rows(cfg.sft_data, "train"), 1):
         if "messages" in row:
-            pairs = enumerate(chat_turns(tokenizer, row["messages"], size))
-            traces |= {(number, turn): pair for turn, pair in pairs}
+            traces |= {(number, turn): pair for turn, pair in enumerate(chat_turns(tokenizer, row["messages"], size))}
             continue
         question, reply, thoughts, attempt = map(row.get, ("question", "reply", "thinking_trajectories", "attempt"))
         if reply is None and isinstance(row.get("answer"), str) and "####" in row["answer"]:  # GSM8K
@@ -1905,8 +1895,7 @@ def stages_passed(cfg: Settings) -> list[str]:
 
 def has_stage1(cfg: Settings) -> bool:
     """Whether the run begins with SFT, or is pre-training: a benchmark's does unless the model has been through it."""
-    taught = cfg.task in RL_TASKS and (cfg.skip_sft or "sft" in stages_passed(cfg))
-    return cfg.trains() and not taught
+    return cfg.trains() and not (cfg.task in RL_TASKS and (cfg.skip_sft or "sft" in stages_passed(cfg)))
 
 def load_data(cfg: Settings, tasks: list[Task], tokenizer, screen: Screen) -> tuple[dict[Task, dict], list]:
     """What a run works on: {task: {split: problems}} and the traces of stage 1, none if it has no stage 1."""
@@ -1937,10 +1926,9 @@ def precision(device: torch.device):
 
 def decoding(tokenizer, cfg: Settings) -> dict[str, Any]:
     """Options of `diffuse_steps` that rollouts, evaluation and chat take from the settings alike."""
-    return dict(mask_id=tokenizer.mask_token_id, eos_id=tokenizer.eos_token_id, stop_at_eos=True,
-                block_length=cfg.block_length, remasking=cfg.remasking, refresh=cfg.refresh,
-                edit_rate=cfg.edit_share * cfg.allow_edits,
-                delete_id=tokenizer.added_tokens_encoder.get(DELETE))
+    return dict(mask_id=tokenizer.mask_token_id, eos_id=tokenizer.eos_token_id, stop_at_eos=True, refresh=cfg.refresh,
+                delete_id=tokenizer.added_tokens_encoder.get(DELETE), edit_rate=cfg.edit_share * cfg.allow_edits,
+                block_length=cfg.block_length, remasking=cfg.remasking)
 
 def unsharded(x) -> Any:
     """A tensor that FSDP shards, put together by all processes; anything else as it is."""
@@ -2011,13 +1999,6 @@ class Stage:
         if self.engine:
             self.engine.destroy()
 
-    @contextlib.contextmanager
-    def dropout_from(self, *key):
-        """Dropout can only draw from torch's global streams: seed them by the key, and put them back after."""
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(keyed_generator(self.cfg.seed, "dropout", *key).initial_seed())
-            yield
-
     def average(self, rows: list[dict]) -> dict[str, float]:
         """Metrics over micro-batches and processes: the mean, or the largest of a "..._max"."""
         from accelerate.utils import gather_object
@@ -2072,7 +2053,9 @@ class Stage:
 
     def log(self, figures: dict) -> None:
         """Add a step's or a check's figures to metrics.jsonl and to the tracker; one process does."""
-        append_jsonl(self.out / "metrics.jsonl", {"stage": self.name, "step": self.step, **figures})
+        if self.rank == 0:
+            with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as f:
+                f.write(json.dumps({"stage": self.name, "step": self.step, **figures}) + "\n")
         self.accel.log({f"{self.name}/{k}": v for k, v in figures.items()}, step=self.step)
 
     def look(self, screen: Screen) -> None:
@@ -2186,7 +2169,9 @@ class MaskedSFT(Stage):
         x0, t, keep, xt, masked, asked = (v[mine].to(self.device) for v in (x0, t, keep, xt, masked, asked))
         def losses(layer, hidden):
             return chunked_losses(layer, hidden, x0[asked], self.cfg.logits_held(self.model.config))
-        with precision(self.device), self.dropout_from(*key, mine.start):
+        with precision(self.device), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            # dropout can only draw from torch's global streams: they are seeded by the key, and put back after
+            torch.manual_seed(keyed_generator(self.cfg.seed, "dropout", *key, mine.start).initial_seed())
             if self.scales_logits:
                 ce, hit = token_losses(logits_at(self.net, xt, asked), x0[asked])  # (N,) each
             else:
@@ -2257,10 +2242,9 @@ def freeze_reference(model) -> Callable[[], contextlib.AbstractContextManager]:
     learned = {n: p for n, p in model.named_parameters() if ".default." in n}
     if any(bool(p.any()) for n, p in learned.items() if "lora_B" in n):  # stage 1 in this same run
         model.add_adapter("stage1", model.peft_config["default"])
-        weights = dict(model.named_parameters())
         with torch.no_grad():
             for name, p in learned.items():
-                weights[name.replace(".default.", ".stage1.")].copy_(p)
+                model.get_parameter(name.replace(".default.", ".stage1.")).copy_(p)
                 p.mul_("lora_B" not in name)  # "default" starts again from no change
         activate_adapters(model)
     @contextlib.contextmanager
@@ -2321,11 +2305,10 @@ class DiffuGRPO(Stage):
         prompt, real = pad_left(prompts, tok.pad_token_id, self.device)  # (B, P)
         rows = range(micro * cfg.bs_rl, (micro + 1) * cfg.bs_rl)  # global numbers, which key the random streams
         self.model.eval()
-        options = decoding(tok, cfg) | dict[str, Any](edit_rate=0.0)
         frames = list(diffuse_steps(
             self.model, prompt, attention_mask=real, gen_length=cfg.gen_length, steps=cfg.diffusion_steps or None,
-            temperature=cfg.temperature, cache=cfg.rollout_cache, **options,
-            generator=[keyed_generator(cfg.seed, "rollout", i) for i in rows]))
+            temperature=cfg.temperature, generator=[keyed_generator(cfg.seed, "rollout", i) for i in rows],
+            cache=cfg.rollout_cache, **decoding(tok, cfg) | dict[str, Any](edit_rate=0.0)))
         completion = frames[-1].ids[:, prompt.shape[1] :]  # (B, C)
         texts = reply_texts(tok, completion)
         scores = self.reward(texts, examples)
@@ -2424,19 +2407,14 @@ PAPER_TABLE1 = {  # LLaDA-8B-Instruct at 128 / 256 / 512, d1 Table 1; a star mar
     "gsm8k": dict(base="68.7 76.7 78.2", sft="66.5* 78.8* 81.1*", diffu_grpo="72.6 79.8 81.9", d1="73.2 81.1 82.1"),
     "math500": dict(base="26.0 32.4 36.2", sft="26.2* 32.6* 34.8*", diffu_grpo="33.2 37.2 39.2", d1="33.8 38.6 40.2"),
     "count": dict(base="20.7 19.5 16.0", sft="20.3* 14.5* 23.8*", diffu_grpo="33.2 31.3 37.1", d1="34.8 32.0 42.2"),
-    "sudoku": dict(base="11.7 6.7 5.5", sft="16.5* 8.5* 4.6*", diffu_grpo="18.4 12.9 11.0*", d1="22.1 16.7 9.5"),
-}
+    "sudoku": dict(base="11.7 6.7 5.5", sft="16.5* 8.5* 4.6*", diffu_grpo="18.4 12.9 11.0*", d1="22.1 16.7 9.5")}
 ROW_TITLES = {"base": "base", "sft": "+SFT", "diffu_grpo": "+diffu-GRPO", "d1": "d1"}
 
 DECODING = ("remasking", "eval_steps", "allow_edits", "edit_share", "cache", "refresh", "threshold")  # of evaluation
 
-def vars_of(cfg: Settings, names: Iterable[str]) -> dict[str, Any]:
-    """Some settings by name."""
-    return {name: getattr(cfg, name) for name in names}
-
 def other_decoding(cfg: Settings) -> dict[str, Any]:
     """The settings of evaluation that are not the paper's: they belong to every figure made with them."""
-    return {name: value for name, value in vars_of(cfg, DECODING).items() if value != Settings.default(name)}
+    return {name: value for name in DECODING if (value := getattr(cfg, name)) != Settings.default(name)}
 
 def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % Wilson interval of a share, in [0, 1]."""
@@ -2489,7 +2467,7 @@ def entry_of(task: Task, row: str, gen_length: int, records: list[dict], example
     entry |= {task.score: sum(g.score for g in grades) / n} if task.score else {}
     entry |= dict(official=sum(g.score for g in official) / n, answered=sum(g.answer is not None for g in grades) / n)
     entry |= {k: sum(r[k] for r in records) / n for k in ("effective_tokens", "ended")}
-    return entry | dict(model=cfg.model, seed=cfg.seed, limit=cfg.limit, data=cfg.data) | vars_of(cfg, DECODING)
+    return entry | {name: getattr(cfg, name) for name in ("model", "seed", "limit", "data", *DECODING)}
 
 def finished_replies(path: Path, stamp: str) -> dict[int, dict]:
     """Replies to the same prompts by the same weights that an earlier evaluation left, whole or stopped, by number."""
@@ -2505,7 +2483,7 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
     prompts, cut = evaluation_prompts(tokenizer, task, examples, cfg)
     if cut:
         screen.say(f"{cut} of {len(prompts)} prompts are over --max_prompt {cfg.max_prompt}: cut on the left")
-    how = [cfg.block_length, cfg.seed, *vars_of(cfg, DECODING).values()]
+    how = [getattr(cfg, name) for name in ("block_length", "seed", *DECODING)]
     weights = [p.sum(dtype=torch.float32).item() for p in model.parameters()]
     weights += [m.scaling for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]  # LoRA's alpha
     label, rank, entries = row + (f"_{Path(cfg.data).stem}" if cfg.data else ""), processes().process_index, []
@@ -2547,10 +2525,9 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
 
 def results_table(screen: Screen, entries: list[dict], cfg: Settings) -> None:
     """Rows x tasks x lengths, each with its 95 % interval, and the paper's figure where the model is LLaDA."""
-    lengths, by_row, rows = sorted({e["gen_length"] for e in entries}), {}, []
-    for e in entries:
-        by_row.setdefault((e["task"], e["row"]), {})[e["gen_length"]] = e
-    for (task, row), made in by_row.items():
+    lengths, rows = sorted({e["gen_length"] for e in entries}), []
+    for (task, row), of_row in itertools.groupby(entries, operator.itemgetter("task", "row")):
+        made = {e["gen_length"]: e for e in of_row}
         texts = {n: f"{100 * e['accuracy']:.1f} [{100 * e['low']:.0f}, {100 * e['high']:.0f}]" for n, e in made.items()}
         one = next(iter(made.values()))
         standin = cfg.preset == "tiny" and task in ("gsm8k", "math500") and not one["data"]
@@ -2659,20 +2636,18 @@ def whole_checkpoint(stage: Stage, screen: Screen) -> Path | None:
     """This process's file of the last checkpoint whose files are all as they were written; None if none was."""
     from accelerate.utils import broadcast_object_list
     folder = stage.out / "trainer"
-    saved, found = read_json(folder / "manifest.json").get(stage.name, {}) if stage.rank == 0 else {}, {}
-    for step, files in reversed(saved.items()):
-        if bad := [name for name, digest in files.items() if not is_whole(folder / name, digest)]:
-            screen.say(f"  warning: {folder / bad[0]} is damaged: the checkpoint before step {step} is taken")
-        else:
-            found = {step: files}
-            break
-    saved, found = broadcast_object_list([saved, found])  # all processes take the same
-    for step, files in found.items():
+    saved = list(read_json(folder / "manifest.json").get(stage.name, {}).items()) if stage.rank == 0 else []
+    some = bool(saved)
+    while saved and (bad := [name for name, digest in saved[-1][1].items() if not is_whole(folder / name, digest)]):
+        step, _ = saved.pop()
+        screen.say(f"  warning: {folder / bad[0]} is damaged: the checkpoint before step {step} is taken")
+    some, saved = broadcast_object_list([some, saved])  # all processes take the same
+    if some and not saved:
+        raise UserError(f"no checkpoint of {stage.name} in {folder} is whole: run without --resume or --auto_resume")
+    for step, files in saved[-1:]:
         if (name := f"{stage.name}-{step}{stage.shard_suffix}.pt") in files:
             return folder / name
         raise UserError(f"{folder / min(files)} is of another number of processes or sharding: launch as before")
-    if saved:
-        raise UserError(f"no checkpoint of {stage.name} in {folder} is whole: run without --resume or --auto_resume")
     return None
 
 def load_trainer(stage: Stage, screen: Screen) -> bool:
@@ -2737,14 +2712,11 @@ def export_model(model, tokenizer, out: Path, state: dict | None = None, form: s
             model.save_pretrained(saved, selected_adapters=stacked, save_embedding_layers=False)
         tokenizer.save_pretrained(saved)
         if form == "llada":
-            c = model.config  # the inverse of `network_of`
-            write_json(saved / "config.json", LLADA_8B | dict(
-                d_model=c.hidden_size, n_layers=c.num_hidden_layers, n_heads=c.num_attention_heads,
-                n_kv_heads=c.num_key_value_heads, mlp_hidden_size=c.intermediate_size, rms_norm_eps=c.rms_norm_eps,
-                vocab_size=c.vocab_size, embedding_size=c.vocab_size, max_sequence_length=c.max_position_embeddings,
-                rope_theta=c.rope_parameters["rope_theta"], mask_token_id=tokenizer.mask_token_id,
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-                torch_dtype=str(model.dtype).split(".")[1]))
+            own = {theirs: getattr(model.config, ours) for theirs, ours in LLADA_FIELDS.items()}
+            write_json(saved / "config.json", LLADA_8B | own | dict(  # the inverse of `network_of`
+                vocab_size=own["embedding_size"], rope_theta=model.config.rope_parameters["rope_theta"],
+                mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id, torch_dtype=str(model.dtype).split(".")[1]))
         for file in sorted(p for p in saved.iterdir() if p.is_file() and p.name != "README.md"):
             write_whole(out / file.name, lambda part, file=file: shutil.move(file, part))
     if state:
@@ -2805,12 +2777,6 @@ def read_log(path: Path) -> list:
             rows.append(json.loads(line))
     return rows
 
-def append_jsonl(path: Path, row: dict) -> None:
-    """Add one line to a log; one process does."""
-    if processes().is_main_process:
-        with path.open("a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
-
 def plot_curves(out: Path) -> None:
     """curves.png from metrics.jsonl: pre-training and SFT loss, RL reward, KL, and held-out accuracy."""
     from matplotlib.figure import Figure  # without pyplot no window is opened and nothing global is set
@@ -2862,12 +2828,10 @@ def replies(model, tokenizer, prompts: list[list[int]], cfg: Settings, generator
     model.eval()
     ids, real = pad_left(prompts, tokenizer.pad_token_id, model.device)
     plen, stop = ids.shape[1], cfg.stop
-    def stops(row: Tensor) -> bool:
-        return stop in reply_texts(tokenizer, row[None])[0]
-    frames = diffuse_steps(
-        model, ids, attention_mask=real, gen_length=cfg.reply_length(), steps=cfg.eval_steps or None,
-        temperature=cfg.temperature, threshold=cfg.threshold or None, context=context_of(model),
-        stop=stops if stop else None, generator=generator, **decoding(tokenizer, cfg))
+    stops = (lambda row: stop in reply_texts(tokenizer, row[None])[0]) if stop else None  # row (C,)
+    frames = diffuse_steps(model, ids, attention_mask=real, gen_length=cfg.reply_length(), generator=generator,
+                           steps=cfg.eval_steps or None, threshold=cfg.threshold or None, temperature=cfg.temperature,
+                           context=context_of(model), stop=stops, **decoding(tokenizer, cfg))
     if streamer:
         frames = streamed(frames, streamer, tokenizer, plen, cfg.block_length, stop)
     while True:
@@ -2966,12 +2930,6 @@ def show_reply(steps: Iterable[tuple[list[str], Frame]], plen: int, tokenizer, c
         screen.say(text)
     return text
 
-def slider_line(cfg: Settings) -> str:
-    """What stands before the user's line: where the sliders are."""
-    length = cfg.reply_length()
-    return (f"[steps {cfg.eval_steps or length // 2}, block {cfg.block_length}, length {length}, temp "
-            f"{cfg.temperature:g}, {cfg.remasking}, edits {'on' if cfg.allow_edits else 'off'}] > ")
-
 UNTRAINED = ("{} is untrained and talks nonsense. To talk to a trained one: --task pretrain --model tiny-modernbert, "
              "then --task sft_only --model ckpt/pretrain --sft_data talk --steps_sft 1000, then --task chat --model "
              "ckpt/sft")
@@ -2989,7 +2947,10 @@ def chat(cfg: Settings, screen: Screen) -> None:
         import readline  # noqa: F401
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         for turn in itertools.count():
-            line = input(slider_line(cfg)).strip()
+            length = cfg.reply_length()
+            line = input(  # after where the sliders are
+                f"[steps {cfg.eval_steps or length // 2}, block {cfg.block_length}, length {length}, temp "
+                f"{cfg.temperature:g}, {cfg.remasking}, edits {'on' if cfg.allow_edits else 'off'}] > ").strip()
             try:
                 if line == "/quit":
                     return
@@ -3035,14 +2996,13 @@ def serve(model, tokenizer, cfg: Settings) -> None:
     """The chat in a browser, on this machine's own address alone, until Ctrl-C."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # which would ask the network
     import gradio
-    length = cfg.reply_length()
     gradio.ChatInterface(
         functools.partial(web_reply, model, tokenizer, cfg, gradio.Warning), title=f"d1: {cfg.model}",
         chatbot=gradio.Chatbot(render_markdown=False),  # as markdown, tags would be hidden
         additional_inputs_accordion=gradio.Accordion("sliders", open=True), additional_inputs=[
             gradio.Slider(0, max(512, cfg.eval_steps), cfg.eval_steps, step=1, label="steps, 0 = half the length"),
             gradio.Slider(1, max(128, cfg.block_length), cfg.block_length, step=1, label="block"),
-            gradio.Slider(1, max(1024, length), length, step=1, label="length"),
+            gradio.Slider(1, max(1024, cfg.reply_length()), cfg.reply_length(), step=1, label="length"),
             gradio.Slider(0, max(2, cfg.temperature), cfg.temperature, step=0.1, label="temperature"),
             gradio.Checkbox(cfg.allow_edits, label="edits"),
             gradio.Dropdown(list(REMASKING), value=cfg.remasking, label="mode"),
@@ -3180,8 +3140,7 @@ def settle(given: dict[str, tuple[Any, str]]) -> tuple[Settings, dict[str, str]]
         given = {"data_ratio": (0.0, "--steps_sft"), **given}
     cfg, origin = Settings(), {}
     for f in dataclasses.fields(Settings):
-        default = Settings.default(f.name, task, preset)
-        value, origin[f.name] = given.get(f.name, (default, f"preset {preset}"))
+        value, origin[f.name] = given.get(f.name, (Settings.default(f.name, task, preset), f"preset {preset}"))
         setattr(cfg, f.name, float(value) if f.type == "float" else value)
     cfg.preset = preset
     validate(cfg)
@@ -3251,8 +3210,7 @@ def validate(cfg: Settings) -> None:
 
 def open_model(cfg: Settings, screen: Screen) -> tuple[Any, Any]:
     """Load model and tokenizer as the settings say, and print what came."""
-    adapts = cfg.trains() and cfg.use_lora
-    lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets) if adapts else None
+    lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets) if cfg.trains() and cfg.use_lora else None
     trains_all = cfg.trains() and not lora
     dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.float32 if trains_all else None
     model, tokenizer = load_model(cfg.model, dtype=dtype, lora=lora, load_4bit=cfg.load_4bit, attn=cfg.attn,
@@ -3340,7 +3298,6 @@ def run_stages(cfg: Settings, screen: Screen, out: Path, before: bool = True) ->
     model, tokenizer = open_model(cfg, screen)
     cfg = with_data_ratio(cfg, sum(p.numel() for p in model.parameters()))
     stages = stages_passed(cfg)
-    evaluates = cfg.evaluates()
     splits, traces = load_data(cfg, tasks, tokenizer, screen)
     _lock = prepare_folder(cfg, out, screen)  # held as long as this function runs
     def look() -> list[dict]:
@@ -3360,8 +3317,8 @@ def run_stages(cfg: Settings, screen: Screen, out: Path, before: bool = True) ->
         stages = ["pretrain"] * (stage is MaskedSFT and "pretrain" in stages) + [stage.name]
         run_stage(stage(model, tokenizer, traces, cfg, out), stages, cfg, screen)
     if not cfg.reinforces():
-        return look() if evaluates else []
-    entries, task, split = look() if before and evaluates else [], tasks[0], splits[tasks[0]]
+        return look() if cfg.evaluates() else []
+    entries, task, split = look() if before and cfg.evaluates() else [], tasks[0], splits[tasks[0]]
     stages = [s for s in stages if s != "diffu_grpo"] + ["diffu_grpo"]
     heldout = split["heldout"][: cfg.limit or 128]
     asked = evaluation_prompts(tokenizer, task, heldout, cfg)[0]
@@ -3371,7 +3328,7 @@ def run_stages(cfg: Settings, screen: Screen, out: Path, before: bool = True) ->
         return sum(getattr(g, task.aim) for g in grades) / len(grades)
     pay = functools.partial(task.batch_rewards, official=cfg.preset == "official")
     run_stage(DiffuGRPO(model, tokenizer, split["train"], task.messages, pay, cfg, out, check), stages, cfg, screen)
-    return entries + (look() if evaluates else [])
+    return entries + (look() if cfg.evaluates() else [])
 
 def run_table1(cfg: Settings, screen: Screen, out: Path, given: dict) -> list[dict]:
     """The paper's Table 1 on the model given: base, +SFT, +diffu-GRPO, d1. Finished parts are not redone."""
@@ -3401,8 +3358,7 @@ def skeleton(cfg: Settings):
     base = resolve_checkpoint(cfg.model)[1]
     raw = LLADA_8B if base in ALIASES.values() else read_config(base)  # known without a network
     with refusing(f"cannot load {base}"), torch.device("meta"):
-        network, config = network_of(base, raw)
-        model = random_model(network, config)
+        model = random_model(*network_of(base, raw))
         adapts = cfg.use_lora and cfg.trains()
         return adapt_with_lora(model, cfg.lora_r, cfg.lora_alpha, targets=cfg.lora_targets) if adapts else model
 
@@ -3428,9 +3384,8 @@ def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
     rows_rl, scored = cfg.bs_rl // cfg.masks_shared_by(), 1 - 1 / cfg.mu + bool(cfg.beta)  # masks of an update
     updates_sft, updates_rl = cfg.steps_sft * sft, cfg.steps_rl * rl
     if cfg.task == "table1":  # each benchmark twice, for as many steps as it has by default
-        own = [cfg.steps_rl if "preset" not in origin["steps_rl"] else Settings.default("steps_rl", task, cfg.preset)
-               for task in TASKS]
-        updates_rl = 2 * sum(own)
+        updates_rl = 2 * sum(Settings.default("steps_rl", task, cfg.preset) if "preset" in origin["steps_rl"] else
+                             cfg.steps_rl for task in TASKS)
     back = (4 if cfg.use_lora else 6) + 2 * cfg.grad_checkpoint  # LoRA needs no gradient of the frozen weights
     needs, flops = {"parameters, of which trained": f"{total + adapters:,}, {trained:,}"}, 0.0
     for name, updates, passes, rows, length, cost in (  # passes an update; FLOPs a weight and token
@@ -3458,8 +3413,7 @@ def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
     needs["FLOPs of training, a process"] = f"{flops:.2e}: {flops / 2e14 / 3600:,.1f} h at 200 TFLOP/s"
     needs |= {f"memory: {name}": f"{size / 2**30:.3f} GiB" for name, size in memory.items() if size}
     needs["memory: peak, about"] = f"{sum(memory.values()) / 2**30:.2f} GiB"
-    kept = cfg.save_total_limit + 1  # one more while it is written
-    disk = trained * (16 * kept * (sft + rl) + 4)  # and the weights by themselves
+    disk = trained * (16 * (cfg.save_total_limit + 1) * (sft + rl) + 4)  # one more while it is written; weights alone
     needs["disk: checkpoints and weights"] = f"{disk / 2**30:.3f} GiB"
     screen.table("What the run needs", ["quantity", "value"], needs.items())
 
@@ -3576,6 +3530,8 @@ def run_sweep(cfg: Settings, screen: Screen, given: dict) -> None:
         except (UserError, NonFiniteLoss) as e:
             screen.say(f"--- {out} failed: {e}")
             raise optuna.TrialPruned from e  # counts, and keeps optuna away from there; one broken off is FAIL
+        except Stopped as e:
+            raise Stopped(f"{out} is broken off: the same command goes on with the sweep", e.status) from e
         finally:
             screen.stop()
         key = "heldout_accuracy" if cfg.task in RL_TASKS else "heldout_loss"  # no test problem, see [D18]
@@ -3643,11 +3599,10 @@ def explain(tag: str, screen: Screen) -> None:
     def note(deviation: str) -> None:
         screen.say("[{}] here: {}\n     official code: {}".format(deviation, *deviations[deviation]))
     if key == "tags":
-        for title, header, rows in (("Equations", ("tag", "paper", "function", "what"), equations),
-                                    ("Deviations", ("tag", "here", "official code"), deviations)):
-            screen.table(title, header, [(k, *row) for k, row in rows.items()], text=True)
-        return
-    if key.upper() in deviations:
+        rows = [[(k, *row) for k, row in table.items()] for table in (equations, deviations)]
+        screen.table("Equations", ("tag", "paper", "function", "what"), rows[0], text=True)
+        screen.table("Deviations", ("tag", "here", "official code"), rows[1], text=True)
+    elif key.upper() in deviations:
         note(key.upper())
         for n, where in places_of(key.upper(), source).items():
             screen.say(f"\n{where}, line {n}:")
