@@ -61,8 +61,11 @@ def test_visible_tokens_weigh_one_and_masked_ones_the_inverse_of_t():
     logp = logits.float().log_softmax(-1).gather(-1, x0[..., None])[..., 0]
     want = -sum(logp[b, k] * (1 / t[b] if masked[b, k] else 1.0) for b in range(4) for k in range(9) if not keep[b, k])
     asked = masked | visible
-    loss, _ = d1.weighted_nelbo(*d1.token_losses(logits[asked], x0[asked]), masked, t, keep, asked)
+    loss, metrics = d1.weighted_nelbo(*d1.token_losses(logits[asked], x0[asked]), masked, t, keep, asked)
     assert torch.allclose(loss, want / (~keep).sum(), rtol=1e-5)
+    right = logits.argmax(-1) == x0  # the metrics are of masked tokens alone
+    assert torch.allclose(metrics["accuracy"], (right & masked).sum() / masked.sum()) and (right & visible).any()
+    assert torch.allclose(metrics["ce"], -(logp * masked).sum() / masked.sum(), rtol=1e-5)
 
 
 def test_sft_learns_edits_from_a_share_of_the_steps_on(tiny, quick, tmp_path, monkeypatch):

@@ -228,6 +228,13 @@ def test_loss_by_hand():
     assert loss.item() == pytest.approx((-2.5 + 1.0) / 3)
 
 
+def test_a_token_counts_as_clipped_only_where_the_clip_takes_its_gradient():
+    logp = torch.tensor([[2.0, 0.5, 1.2, 1.0]]).log().requires_grad_()
+    for advantage, clipped in ((1.0, [True, False, False, False]), (-1.0, [False, True, False, False])):
+        gain, cut = d1.token_objective(logp, torch.zeros(1, 4), torch.tensor([advantage]), 0.4)
+        assert cut[0].tolist() == clipped == (torch.autograd.grad(gain.sum(), logp)[0] == 0)[0].tolist()
+
+
 @pytest.mark.parametrize("norm", ["sequence", "token"])
 def test_ratio_one_gives_the_policy_gradient(norm):
     new, _, _, adv, live = random_case(7)
