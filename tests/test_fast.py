@@ -152,6 +152,21 @@ def test_a_cache_is_exact_where_keys_do_not_depend_on_other_tokens_or_are_always
     assert torch.equal(decode(build(kind, 3), cache=cache, refresh=1, **way), decode(build(kind, 3), **way))
 
 
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_rows_that_are_done_leave_the_others_their_keys(cache, tiny):
+    model = copy.deepcopy(tiny[0])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)  # surer, so that a threshold commits many tokens at once, and rows are done at different steps
+    prompt = torch.randint(200, (3, 9), generator=rng(5))
+    options = dict(mask_id=tiny[1].mask_token_id, gen_length=32, block_length=16, cache=cache, threshold=0.2)
+    frames = list(d1.diffuse_steps(model, prompt, **options))
+    steps = [sum(bool(f.new[i].any()) for f in frames if f.block == 0) for i in range(3)]
+    assert steps[0] < min(steps[1:])  # the first row leaves first
+    alone = [d1.diffuse_decode(model, row[None], **options) for row in prompt]
+    assert torch.equal(frames[-1].ids, torch.cat(alone))
+
+
 def test_a_cache_holds_keys_under_gradient_checkpointing_too(tiny, quick, tmp_path):
     drawn = []
     for checkpointing in (False, True):

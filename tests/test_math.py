@@ -224,6 +224,7 @@ def test_loss_by_hand():
     loss, metrics = d1.diffu_grpo_loss(*args, eps=0.5, beta=0.04, norm="sequence")
     assert loss.item() == pytest.approx((-(1.5 + 1.0) / 2 + 2 * 0.5) / 2)
     assert metrics["kl"].item() == 0 and metrics["clip_frac"].item() == pytest.approx(2 / 3)
+    assert metrics["ratio_max"].item() == pytest.approx(2)  # not 9, of a dead token
     loss, _ = d1.diffu_grpo_loss(*args, eps=0.5, beta=0.04, norm="token")
     assert loss.item() == pytest.approx((-2.5 + 1.0) / 3)
 
