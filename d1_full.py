@@ -757,7 +757,7 @@ def diffuse_steps(model, prompt: Tensor, *, mask_id: int, attention_mask: Tensor
             new, logp, edited = (v.new_zeros(x.shape).index_copy(0, rows, v) for v in marks)
             yield Frame(x, new, b, step, logp, edited)
             step += 1
-        ended = torch.tensor([stop is not None and stop(row[plen:hi]) for row in x[active]], device=x.device)
+        ended = torch.tensor([bool(stop and stop(row[plen:hi])) for row in x[active]], device=x.device)
         if stop_at_eos:
             ended |= (x[active, lo:hi] == eos_id).any(1)
         active = active[~ended]

@@ -258,7 +258,8 @@ def judge(mutant: tuple[str, str, str, str], repository: Path, source: str) -> t
     status, said = run(tests(files, "-x", "-n", "0"), repository, source.replace(old, new))
     verdict = {0: "survived", 1: "killed", None: "killed"}.get(status, "invalid")  # else the tests were not collected
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
-    return verdict, failed[1] if failed else said.splitlines()[-1], time.monotonic() - began
+    why = failed[1] if failed else f"{said.splitlines()[-1]} (status {status})"
+    return verdict, why, time.monotonic() - began
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

@@ -152,19 +152,37 @@ def test_a_cache_is_exact_where_keys_do_not_depend_on_other_tokens_or_are_always
     assert torch.equal(decode(build(kind, 3), cache=cache, refresh=1, **way), decode(build(kind, 3), **way))
 
 
-@pytest.mark.parametrize("cache", ["prefix", "dual"])
-def test_rows_that_are_done_leave_the_others_their_keys(cache, tiny):
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_rows_that_are_done_leave_the_others_their_keys_and_padding(cache, tiny):
     model = copy.deepcopy(tiny[0])
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(3)  # surer, so that a threshold commits many tokens at once, and rows are done at different steps
-    prompt = torch.randint(200, (3, 9), generator=rng(5))
+    prompts = [torch.randint(200, (n,), generator=rng(5)).tolist() for n in (9, 6, 3)]
+    prompt, real = d1.pad_left(prompts, 7)
     options = dict(mask_id=tiny[1].mask_token_id, gen_length=32, block_length=16, cache=cache, threshold=0.2)
-    frames = list(d1.diffuse_steps(model, prompt, **options))
+    frames = list(d1.diffuse_steps(model, prompt, attention_mask=real, **options))
     steps = [sum(bool(f.new[i].any()) for f in frames if f.block == 0) for i in range(3)]
     assert steps[0] < min(steps[1:])  # the first row leaves first
-    alone = [d1.diffuse_decode(model, row[None], **options) for row in prompt]
-    assert torch.equal(frames[-1].ids, torch.cat(alone))
+    alone = [d1.diffuse_decode(model, torch.tensor([p]), **options)[:, len(p) :] for p in prompts]
+    assert torch.equal(frames[-1].ids[:, 9:], torch.cat(alone))
+
+
+def test_a_mask_token_in_the_prompt_stays_when_a_row_leaves_early(tiny):
+    mask, eos = tiny[1].mask_token_id, tiny[1].eos_token_id
+    prompt = torch.tensor([[5, mask, 6]])
+    out = d1.diffuse_decode(tiny[0], prompt, mask_id=mask, eos_id=eos, gen_length=16, block_length=8, stop=len)
+    assert torch.equal(out[:, :3], prompt) and (out[:, 11:] == eos).all()
+
+
+def test_guidance_hides_the_prompts_part_of_a_window(tiny, monkeypatch):
+    seen, found = [], d1.guided_logits
+    monkeypatch.setattr(d1, "guided_logits", lambda *a, **k: seen.append(k["is_prompt"]) or found(*a, **k))
+    options = dict(mask_id=tiny[1].mask_token_id, gen_length=24, block_length=4, steps=6, cfg_scale=1.0, context=12)
+    d1.diffuse_decode(tiny[0], torch.arange(6)[None], **options)
+    firsts = [2, 6, 10, 14, 18, 18]  # of the window in each block, which ends one block ahead of it, or at the end
+    assert [int(s.sum()) for s in seen] == [max(6 - first, 0) for first in firsts]
+    assert all(len(s) == 12 and s[: int(s.sum())].all() for s in seen)
 
 
 def test_a_cache_holds_keys_under_gradient_checkpointing_too(tiny, quick, tmp_path):
