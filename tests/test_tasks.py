@@ -209,3 +209,17 @@ def test_official_countdown_takes_powers_and_does_not_hang():
 ])
 def test_official_latex_equality(a, b, same):
     assert d1.equal_latex(a, b) is same
+
+
+def test_which_of_several_answers_boxes_and_numbers_is_read():
+    assert d1.last_answer("<answer>1</answer> <answer>2</answer> <answer>3") == "2"  # the last that closes
+    assert d1.last_boxed(r"\boxed{1} or \boxed{2}") == "2"
+    gsm8k, problem = d1.TASKS["gsm8k"], {"question": "?", "answer": "72"}
+    assert gsm8k.grade("<answer>3 boxes, so 72 clips</answer>", problem).correct  # the last number said
+    assert not gsm8k.grade("<answer>72 clips in 3 boxes</answer>", problem).correct
+    assert gsm8k.grade("<answer>3, so 72</answer><answer>5</answer>", problem, official=True).correct  # of the first
+    for answer, pays in (("12", 0.5), ("-12", 0.5), ("1,200", 0.5), ("12.0", 0.5), ("12.5", 0.0), ("twelve", 0.0)):
+        assert gsm8k.rewards(f"<answer>{answer}</answer>", problem)["int"] == pays, answer
+    math500 = d1.TASKS["math500"]
+    for reply, pays in ((r"\boxed{5}<answer>5</answer>", 0.75), (r"<answer>\boxed{5}</answer>", 1.0), (r"\boxed{5}", 0.5)):
+        assert math500.rewards(reply, {"problem": "?", "answer": "5"})["boxed_and_answer_tags"] == pays
