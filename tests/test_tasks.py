@@ -221,5 +221,23 @@ def test_which_of_several_answers_boxes_and_numbers_is_read():
     for answer, pays in (("12", 0.5), ("-12", 0.5), ("1,200", 0.5), ("12.0", 0.5), ("12.5", 0.0), ("twelve", 0.0)):
         assert gsm8k.rewards(f"<answer>{answer}</answer>", problem)["int"] == pays, answer
     math500 = d1.TASKS["math500"]
-    for reply, pays in ((r"\boxed{5}<answer>5</answer>", 0.75), (r"<answer>\boxed{5}</answer>", 1.0), (r"\boxed{5}", 0.5)):
+    beside, inside = r"\boxed{5}<answer>5</answer>", r"<answer>\boxed{5}</answer>"
+    for reply, pays in ((beside, 0.75), (inside, 1.0), (r"\boxed{5}", 0.5)):
         assert math500.rewards(reply, {"problem": "?", "answer": "5"})["boxed_and_answer_tags"] == pays
+    assert math500.grade(inside + r" \boxed{7}", {"problem": "?", "answer": "5"}).correct  # the answer's own box
+    count, three = d1.TASKS["count"], {"numbers": [1, 2], "target": 3}
+    unclosed = r"\boxed{ <answer>1+2</answer><answer>9</answer>"
+    assert count.grade(unclosed, three, official=True).correct  # the first answer, as the box is none
+    sudoku, puzzle = d1.TASKS["sudoku"], {"puzzle": "0102200002100320", "solution": "3142243142131324"}
+    assert sudoku.rewards(f"<answer>1</answer><answer>{puzzle['solution']}</answer>", puzzle) == {"sudoku": 1.0}
+    other = "3" + puzzle["solution"][1] + "3" + puzzle["solution"][3:]  # an empty cell is wrong
+    given = puzzle["solution"][0] + "2" + puzzle["solution"][2:]  # a given one is changed
+    assert not any(sudoku.grade(f"<answer>{digits}</answer>", puzzle).correct for digits in (other, given))
+    assert sudoku.grade(f"<answer>{given}</answer>", puzzle).score == 1
+
+
+def test_a_problem_is_the_same_in_any_order_and_in_every_process():
+    key = d1.TASKS["count"].key
+    assert key({"numbers": [3, 1, 2], "target": 6}) == key({"numbers": [1, 2, 3], "target": 6})
+    letters = "".join(d1.split_of(f"count/{i}")[2] for i in range(30))  # of tr(a)in, he(l)dout, te(s)t
+    assert letters == "aasaasaaaaaaaaaaalaassssaaaaaa"
