@@ -32,7 +32,7 @@ Equations, each in the docstring of its function (python d1_full.py --explain eq
 Deviations: here · in the official code (dllm-reasoning/d1 at 837888f). D1, D2, D7 and D12 are the paper's way, the
 others ours. Each tag stands at its line below. --preset official switches to theirs where a switch makes sense.
     D1   loss: mean within a completion, then over completions (--norm) · one mean over all tokens
-    D2   mu different q' a prompt, shared by its group · one a completion; half of them are met twice
+    D2   mu different q' a prompt, shared by its group · one a completion; accumulating, half are used twice
     D3   private random streams, keyed by purpose and index · reseeds the global ones at every estimate
     D4   left padding is masked, so a prompt alone or in a batch has the same reply · attends to it
     D5   Gumbel noise in float64 · in bf16 while training
@@ -194,8 +194,8 @@ class Settings:
     logits_gib: float = opt(1.0, "GiB of logits held at once in the SFT loss and in old and reference passes")
     compile: bool = opt(False, "torch.compile the model's blocks: slow to start, then faster; needs a C++ compiler")
     grad_checkpoint: bool = opt(False, "gradient checkpointing: less memory, a third more time")
-    export: str = opt("", "also write the model whole: hf, merged for transformers, llada for LLaDA's own code; "
-                      "without --task: convert --model into --output_dir", choices=("hf", "merged", "llada"))
+    export: str = opt("", "also write the model whole: hf (or merged, the same) for transformers, llada for LLaDA's "
+                      "own code; without --task: convert --model into --output_dir", choices=("hf", "merged", "llada"))
     threads: int = opt(0, "CPU threads; 0 = as torch chooses, at most 8")
     # stage 1: masked SFT
     steps_sft: int = opt(2460, "SFT updates", "20 epochs", tiny={"sft_only": 6000, "count": 2500, "*": 5500})
@@ -492,7 +492,7 @@ def live_tokens(completion: Tensor, eos_id: int) -> Tensor:
     return (ended - (completion == eos_id).long()) == 0
 
 def token_objective(logp: Tensor, logp_old: Tensor | None, advantages: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The clipped surrogate of one token, as in GRPO.   d1 Eq. (3), Sec. 2
+    """The clipped surrogate of one token, which GRPO sums (its KL is in `diffu_grpo_loss`).   d1 Eq. (3), Sec. 2
 
         min( ρ A, clip(ρ, 1-ε, 1+ε) A ),     ρ = π_θ(o^k) / π_old(o^k)
 
@@ -1723,7 +1723,7 @@ ROW_FILES, TEXT_FILES = (".jsonl", ".json", ".csv", ".parquet"), (".txt", ".md")
 def check_source(data: str, kinds: Sequence[str] = ROW_FILES) -> str:
     """The data source as it is; UserError if it is neither a file of a known kind nor like a hub id."""
     known = Path(data).suffix in kinds
-    if not (Path(data).is_file() if known or data.count("/") != 1 else not Path(data).exists()):
+    if not (Path(data).is_file() if known else data.count("/") == 1 and not Path(data).exists()):
         names = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
         raise UserError(f"no data file {data}: give a {names} file, or a hub id owner/name")
     return data
@@ -2931,7 +2931,7 @@ def show_reply(steps: Iterable[tuple[list[str], Frame]], plen: int, tokenizer, c
     return text
 
 UNTRAINED = ("{} is untrained and talks nonsense. To talk to a trained one: --task pretrain --model tiny-modernbert, "
-             "then --task sft_only --model ckpt/pretrain --sft_data talk --steps_sft 1000, then --task chat --model "
+             "then --task sft_only --model ckpt/pretrain --sft_data talk --steps_sft 1500, then --task chat --model "
              "ckpt/sft")
 
 def chat(cfg: Settings, screen: Screen) -> None:
@@ -3092,7 +3092,9 @@ def parse_words(words: Sequence[str] | None) -> dict[str, Any]:
         prog="d1_full.py", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False, exit_on_error=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Start here:  python d1_full.py --task sudoku        (the embedded model, offline, minutes)\n"
-               "             python d1_full.py --task sudoku --dry_run   (settings and cost, nothing run)")
+               "             python d1_full.py --task sudoku --dry_run   (settings and cost, nothing run)\n"
+               "Defaults are one value, or one a preset; in {task: value, '*': value} the star is every other task.\n"
+               "In brackets: where the paper preset's value is from.")
     for f in dataclasses.fields(Settings):
         m, columns = f.metadata, {preset: repr(value) for preset, value in f.metadata["columns"].items()}
         alike = len(set(columns.values())) == 1
@@ -3370,8 +3372,12 @@ def bytes_per_token(config, r: int, checkpointing: bool) -> float:
 
 def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
     """Print every setting with where it came from, and what the run will need."""
-    rows = [(f.name, getattr(cfg, f.name), origin[f.name], f.metadata["source"]) for f in dataclasses.fields(Settings)]
-    screen.table("Settings", ["setting", "value", "from", "source of the default"], rows, text=True)
+    rows = []
+    for f in dataclasses.fields(Settings):
+        value, paper = getattr(cfg, f.name), Settings.default(f.name, cfg.task)
+        source = f.metadata["source"] if value == paper else f"paper preset: {paper}"
+        rows.append((f.name, value, origin[f.name], source))
+    screen.table("Settings", ["setting", "value", "from", "source"], rows, text=True)
     model = skeleton(cfg)
     config, tiny, trains = model.config, cfg.preset == "tiny", cfg.trains()
     sft, rl = has_stage1(cfg), trains and cfg.task in (*RL_TASKS, "table1")
@@ -3384,6 +3390,8 @@ def dry_run(cfg: Settings, origin: dict[str, str], screen: Screen) -> None:
     rows_rl, scored = cfg.bs_rl // cfg.masks_shared_by(), 1 - 1 / cfg.mu + bool(cfg.beta)  # masks of an update
     updates_sft, updates_rl = cfg.steps_sft * sft, cfg.steps_rl * rl
     if cfg.task == "table1":  # each benchmark twice, for as many steps as it has by default
+        updates_sft = updates_sft if "preset" not in origin["steps_sft"] else Settings.default(
+            "steps_sft", "sft_only", cfg.preset)
         updates_rl = 2 * sum(Settings.default("steps_rl", task, cfg.preset) if "preset" in origin["steps_rl"] else
                              cfg.steps_rl for task in TASKS)
     back = (4 if cfg.use_lora else 6) + 2 * cfg.grad_checkpoint  # LoRA needs no gradient of the frozen weights
@@ -3542,9 +3550,10 @@ def run_sweep(cfg: Settings, screen: Screen, given: dict) -> None:
                    callbacks=[optuna.study.MaxTrialsCallback(cfg.sweep, states=counted)])
     done, failed, under_way = (study.get_trials(states=[state]) for state in counted)
     best = sorted(done, key=lambda t: -(t.value or 0))[:10]
-    rows = [(t.number, f"{t.value:.4f}", *map(t.params.get, space)) for t in best]
+    rows = [(t.number, f"{t.value:.4f}", *(f"{v:.3g}" if isinstance(v, float) else v for v in t.params.values()))
+            for t in best]
     screen.table(f"Best of {len(done)} trials in {folder}, {len(failed)} failed, {len(under_way)} under way elsewhere",
-                 ["trial", "value", *space], rows)
+                 ["trial", "held-out accuracy" if cfg.task in RL_TASKS else "minus held-out loss", *space], rows)
     if not done:
         raise Stopped("no trial of the sweep has gone well; their messages are above")
     screen.say(f"best: {shlex.join(words_of(study.best_params))}")
@@ -3592,7 +3601,8 @@ def explain(tag: str, screen: Screen) -> None:
     """--explain: a formula of the paper or a deviation, with its code. UserError if the tag is none."""
     from rich.syntax import Syntax
     (equations, deviations), source = tag_tables(), Path(__file__).read_text(encoding="utf-8")
-    key, nodes = tag_key(tag), definitions(source)
+    key = {row[1]: key for key, row in equations.items()}.get(tag, tag_key(tag))
+    key, nodes = "sec" * key[:1].isdigit() + key, definitions(source)
     def show(first: int, last: int) -> None:
         code = "\n".join(source.splitlines()[first - 1 : last])
         screen.console.print(Syntax(code, "python", line_numbers=True, start_line=first, theme="ansi_dark"))
@@ -3606,7 +3616,7 @@ def explain(tag: str, screen: Screen) -> None:
         note(key.upper())
         for n, where in places_of(key.upper(), source).items():
             screen.say(f"\n{where}, line {n}:")
-            show(n, min(n + 9, nodes[where].end_lineno))
+            show(n, n if where == "Settings" else min(n + 9, nodes[where].end_lineno))
     elif key in equations:
         place, name, what = equations[key]
         parts, others = code_of(key, source)
@@ -3678,7 +3688,7 @@ def main(argv: Sequence[str] | None = None) -> int:
               "--bs_eval, --grad_checkpoint, --use_lora, --load_4bit; --dry_run shows what takes it", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("d1_full.py: stopped by Ctrl-C; the same flags and --resume go on from a checkpoint", file=sys.stderr)
+        print("d1_full.py: stopped by Ctrl-C; the same flags and --resume go on, if anything was saved", file=sys.stderr)
         return 130
     finally:  # a model whose group is left while it lives can abort the interpreter
         gc.collect()
