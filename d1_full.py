@@ -3688,7 +3688,7 @@ def main(argv: Sequence[str] | None = None) -> int:
               "--bs_eval, --grad_checkpoint, --use_lora, --load_4bit; --dry_run shows what takes it", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("d1_full.py: stopped by Ctrl-C; the same flags and --resume go on, if anything was saved", file=sys.stderr)
+        print("d1_full.py: stopped by Ctrl-C; the same flags and --resume go on if anything was saved", file=sys.stderr)
         return 130
     finally:  # a model whose group is left while it lives can abort the interpreter
         gc.collect()
