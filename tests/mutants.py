@@ -5,8 +5,10 @@
     python tests/mutants.py --skip-baseline
 
 Each mutant is a copy of the repository with one piece of text replaced, on which the whole suite runs until a test
-fails, the likeliest files first. It is killed if one does or if the suite takes longer than 15 minutes, it survives if
+fails, the likeliest files first. It is killed if one does or if the suite takes longer than 20 minutes, it survives if
 none does, and is invalid if the tests cannot even be collected. The status is 0 if at least 95 % are killed.
+
+No mutant is to have the meaning of the file as it is: one that lives is a test that is missing.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS, SHARE = 15 * 60, 0.95  # of a mutant at most; that must be killed at least
+SECONDS, SHARE = 20 * 60, 0.95  # of a mutant at most; that must be killed at least
 GROUPS: set[int] = set()  # of processes that run, to end with this one
 # these look at the clock, so on a busy machine they would kill any mutant
 LEFT_OUT = ("tests/test_cli.py::test_import_is_silent_quick_and_needs_no_network",
@@ -98,7 +100,7 @@ MUTANTS = [
     ("a cache of the first rows", "fast", "torch.isin(self.rows, rows).nonzero()[:, 0]", "torch.arange(len(rows))"),
     ("refreshed a step late", "fast", "% (self.refresh or len(ids[0]))",
      "% (self.refresh + 1 if self.refresh else len(ids[0]))"),
-    ("one token too many", "decoder", "device=score.device) < number[:, None]",
+    ("one token too many", "family", "device=score.device) < number[:, None]",
      "device=score.device) <= number[:, None]"),
     ("edits of masks", "family", ".ceil()) & (gain > 0)", ".ceil())"),
     ("marks stay where tokens are deleted", "family", "v.gather(1, order).masked_fill(end, 0) for", "v for"),
@@ -114,14 +116,14 @@ MUTANTS = [
     ("blocks reach to the end", "decoder", "plen + (b + 1) * block_length, 0", "total, 0"),
     ("EOS of the prompt ends a reply", "decoder", "(x[active, lo:hi] == eos_id).any(1)",
      "(x[active] == eos_id).any(1)"),
-    ("masks of the prompt become EOS", "decoder family", "rest[:, :plen] = False", "rest[:, :0] = False"),
-    ("stop sees the last block alone", "family chat", "stop(row[plen:hi])", "stop(row[lo:hi])"),
-    ("EOS overrides stop", "family chat", "ended |= (x", "ended = (x"),
+    ("masks of the prompt become EOS", "fast", "rest[:, :plen] = False", "rest[:, :0] = False"),
+    ("stop sees the last block alone", "chat", "stop(row[plen:hi])", "stop(row[lo:hi])"),
+    ("EOS overrides stop", "chat", "ended |= (x", "ended = (x"),
     ("edits do not shrink", "family", "edit_rate=edit_rate * max(0, 1 - step / steps_per_block)",
      "edit_rate=edit_rate"),
     ("streams of the first rows", "decoder", "[generators[i] for i in rows.tolist()]", "generators[: len(rows)]"),
-    ("padding of the first rows", "decoder", "attend[rows, first:end]", "attend[: len(rows), first:end]"),
-    ("guidance in a window hides too much", "family", "torch.arange(first, end, device=x.device) < plen",
+    ("padding of the first rows", "fast", "attend[rows, first:end]", "attend[: len(rows), first:end]"),
+    ("guidance in a window hides too much", "fast", "torch.arange(first, end, device=x.device) < plen",
      "torch.arange(end - first, device=x.device) < plen"),
     ("a cache's error with the wrong sign", "fast", "+ frame.logp[frame.new]).abs()", "- frame.logp[frame.new]).abs()"),
     # ---- 10. rewards and grading
@@ -141,11 +143,11 @@ MUTANTS = [
     ("strict: work of several lines pays nothing", "tasks", r'else (re.DOTALL, "\n?$")', r'else (0, "\n?$")'),
     ("tags that come twice are paid", "parity", "(completion.count(tag) == 1)", "(completion.count(tag) >= 1)"),
     ("what follows the answer is paid", "parity", "(0.125 - 0.001 * more)", "(0.125 + 0.001 * more)"),
-    ("official: first number of the answer", "grading tasks", "answers(completion)[:1]))[-1:]])",
+    ("official: first number of the answer", "tasks", "answers(completion)[:1]))[-1:]])",
      "answers(completion)[:1]))[:1]])"),
     ("the first number said", "tasks", "said[-1]", "said[0]"),
     ("official: the bonus for a box is paid", "parity", r'("\boxed" if official else "\\boxed")', r'"\\boxed"'),
-    ("a box outside the answer is paid", "tasks parity", r'"\\boxed") in inside', r'"\\boxed") in completion'),
+    ("a box outside the answer is paid", "tasks", r'"\\boxed") in inside', r'"\\boxed") in completion'),
     ("the last box, not that of the answer", "tasks",
      'last_boxed(last_answer(completion) or "") or last_boxed(completion)', "last_boxed(completion)"),
     ("countdown: the right side", "tasks", '(found or "").split("=")[0]', '(found or "").split("=")[-1]'),
@@ -155,16 +157,16 @@ MUTANTS = [
      "*answers(completion)[-1:], completion)"),
     ("official countdown: the first answer is paid", "parity", '"".join(answers(completion)[-1:]) if official',
      '"".join(answers(completion)[:1]) if official'),
-    ("another split in every process", "tasks models", "hashlib.sha256(key.encode()).digest()[0] / 256",
+    ("another split in every process", "tasks", "hashlib.sha256(key.encode()).digest()[0] / 256",
      "hash(key) % 256 / 256"),
     ("sudoku: given cells count", "tasks parity", 'for i, c in enumerate(example["puzzle"]) if c == "0"]\n',
      'for i, c in enumerate(example["puzzle"])]\n'),
     ("sudoku: given cells may change", "tasks", 'score == 1 if official else digits == example["solution"]',
      "score == 1"),
-    ("sudoku: the first answer is paid", "parity", 'str.isdigit, "".join(answers(completion)[-1:])',
+    ("sudoku: the first answer is paid", "tasks", 'str.isdigit, "".join(answers(completion)[-1:])',
      'str.isdigit, "".join(answers(completion)[:1])'),
     ("a reward of 1 is wrong", "benchmarks", "Grade(value >= 1, value", "Grade(value > 1, value"),
-    # ---- 11. MaskedSFT.nelbo, DiffuGRPO.draw and update
+    # ---- 11. MaskedSFT.nelbo, DiffuGRPO.roll_out and update
     ("the same noise in every step", "family", "generator = keyed_generator(self.cfg.seed, *key)",
      "generator = keyed_generator(self.cfg.seed)"),
     ("padding is not trained", "stages", "keep[i, :prompt_len] = True",
@@ -194,7 +196,7 @@ MUTANTS = [
     ("rewards for advantages", "stages", "else None, r.advantages, r.live", "else None, r.rewards, r.live"),
     ("micro-batches add up", "models", "self.backward(loss, 1 / len(self.batch))", "self.backward(loss)"),
     ("rollouts are never drawn anew", "stages", "if k == 0 or not self.batch:", "if not self.batch:"),
-    ("dropout in the update", "models", "without_dropout(self.net)", "self.net.train()"),
+    ("dropout in the update", "fast", "without_dropout(self.net)", "self.net.train()"),
     ("entropy's sign", "stages", '"entropy": -(logp', '"entropy": (logp'),
     ("deviation over groups", "stages", "r.rewards.view(-1, self.cfg.group).std(1).mean()", "r.rewards.std()"),
 ]
