@@ -246,3 +246,61 @@ def test_best_held_out_weights_come_back(tiny, quick, tmp_path, screen):
     stage.run(screen)
     stage.finish(screen)
     assert torch.equal(weights(stage), seen[0]) and not torch.equal(seen[0], seen[1])
+
+
+@pytest.fixture
+def drawn(tiny, quick, tmp_path, monkeypatch):
+    """A stage whose policy has moved away from its reference, and two rollouts of the same problems by it."""
+    stage = grpo(quick(mu=3, group=2, bs_rl=4, grad_accum=2, pmask=0.5, beta=0.1), tiny, tmp_path)
+    with torch.no_grad():
+        for i, p in enumerate(stage.model.parameters()):
+            p.add_(0.1 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    stage.ask = lambda e: [{"role": "user", "content": "x" * (3 + 4 * stage.examples.index(e))}]  # of different lengths
+    stage.problem_indices = lambda micro: [0, 1]
+    found, eos = d1.diffuse_steps, stage.tokenizer.eos_token_id
+
+    def with_eos(*args, **options):
+        *_, frame = found(*args, **options)
+        frame.ids[:, -12], frame.ids[0, -20] = eos, eos
+        yield frame
+
+    monkeypatch.setattr(d1, "diffuse_steps", with_eos)
+    return stage, [stage.roll_out(0), stage.roll_out(1)]
+
+
+def scored(stage, model, r, k):
+    mask = stage.tokenizer.mask_token_id
+    return d1.one_step_logp(model, r.prompt, r.completion, r.hide[k], mask, r.real, live=r.live)
+
+
+def test_a_rollout_holds_what_its_names_say(drawn):
+    stage, (r, later) = drawn
+    assert not (r.hide & ~r.real).any() and (~r.real).any() and r.hide.any()
+    assert r.live.sum(1).tolist() == [13, 21, 21, 21]  # with the EOS, of 32 tokens
+    assert not torch.equal(r.completion[:, :12], later.completion[:, :12])  # each has streams of its own
+    assert torch.equal(r.advantages, d1.group_advantages(r.rewards, 2)) and r.advantages.any()
+    with torch.no_grad():
+        for k in (1, 2):
+            assert torch.allclose(r.logp_old[k], scored(stage, stage.model, r, k), atol=1e-5)
+            with stage.reference() as reference:
+                assert torch.allclose(r.logp_ref[k], scored(stage, reference, r, k), atol=1e-5)
+            assert not torch.allclose(r.logp_ref[k], r.logp_old[k], atol=1e-2)
+
+
+def test_an_inner_update_is_the_mean_gradient_of_its_rollouts_on_its_own_mask(drawn):
+    stage, batch = drawn
+    stage.batch, stage.step = batch, 2
+    with torch.no_grad():  # the policy moves once more, so that ratios are not 1
+        for p in stage.model.parameters():
+            p.mul_(1.02)
+    logps = [scored(stage, stage.model, r, 2) for r in batch]
+    losses = [d1.diffu_grpo_loss(logp, r.logp_old[2], r.logp_ref[2], r.advantages, r.live, beta=0.1)[0]
+              for logp, r in zip(logps, batch, strict=True)]
+    grads = torch.autograd.grad(sum(losses) / 2, stage.params)
+    told = stage.update()
+    assert told["inner"] == 2 and told["loss"] == pytest.approx(sum(losses).item() / 2, rel=1e-4)
+    assert told["grad_norm"] == pytest.approx(torch.cat([g.flatten() for g in grads]).norm().item(), rel=1e-3)
+    entropy = [-(logp * r.live).sum().item() / r.live.sum().item() for logp, r in zip(logps, batch, strict=True)]
+    assert told["entropy"] == pytest.approx(sum(entropy) / 2, rel=1e-4) and told["entropy"] > 0
+    spread = [r.rewards.view(2, 2).std(1).mean().item() for r in batch]
+    assert told["reward_std"] == pytest.approx(sum(spread) / 2, rel=1e-5)
