@@ -17,6 +17,18 @@ def prompts(rows=3, length=4, seed=1):
     return torch.randint(1, 9, (rows, length), generator=rng(seed))
 
 
+def test_the_mask_token_is_never_drawn():  # the first test: a decoder that draws it never ends in the others
+    def likes_masks(ids, attention_mask=None):
+        logits = torch.zeros(*ids.shape, 9)
+        logits[..., MASK], logits[..., 3] = 9.0, 5.0
+        return type("Output", (), {"logits": logits})
+
+    for options in ({}, dict(temperature=1.0), dict(remasking="random"), dict(threshold=0.1)):
+        frame = next(d1.diffuse_steps(likes_masks, prompts(), mask_id=MASK, gen_length=8, block_length=8,
+                                      generator=rng(), **options))
+        assert (frame.ids[frame.new] != MASK).all() and frame.new.any()
+
+
 def test_streamed_equals_blocking_and_each_position_is_committed_once():
     model = ToyModel(4 + 16, 9)
     for options in ({}, dict(temperature=0.9, remasking="random"), dict(threshold=0.3), dict(cfg_scale=1.0)):
