@@ -17,7 +17,7 @@ def prompts(rows=3, length=4, seed=1):
     return torch.randint(1, 9, (rows, length), generator=rng(seed))
 
 
-def test_the_mask_token_is_never_drawn():  # the first test: a decoder that draws it never ends in the others
+def test_no_step_draws_the_mask_token():  # the first test: a decoder that draws it never ends in the others
     def likes_masks(ids, attention_mask=None):
         logits = torch.zeros(*ids.shape, 9)
         logits[..., MASK], logits[..., 3] = 9.0, 5.0
