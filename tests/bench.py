@@ -5,7 +5,7 @@
     python tests/bench.py --shape llada-8b --device cuda    # LLaDA-8B's shape, random weights, no download
     python tests/bench.py --rows none --growth              # exponents in group, length and vocabulary
     python tests/bench.py --rows none --cache-accuracy ckpt/sft
-    python tests/bench.py --markdown ckpt/bench.json        # tables for the README
+    python tests/bench.py --markdown ckpt/bench.json        # puts the tables of "small, cpu" into tests/README.md
 
 Official and ours alternate in one process, so that a busy machine slows both alike; rows of one kind share the official
 run of a round. Of the rounds that are not timed, the first warms up and counts FLOPs, the second measures memory. What
@@ -55,6 +55,7 @@ class Tokenizer:
 
     def __init__(self, vocab):
         self.vocab, self.mask_token_id, self.eos_token_id, self.pad_token_id = vocab, vocab - 1, vocab - 2, vocab - 2
+        self.added_tokens_encoder = {}
 
     def __len__(self):
         return self.vocab
@@ -65,9 +66,18 @@ class Tokenizer:
     def batch_decode(self, rows, **options):
         return [" ".join(map(str, row)) for row in rows]
 
-def reward(texts, examples):
+def reward(texts):
     """Random but repeatable, so that advantages are not zero."""
     return [{"hash": int(hashlib.sha256(t.encode()).hexdigest()[:8], 16) / 16**8} for t in texts]
+
+class Ids(d1.Task):
+    """Prompts that are ids written out."""
+
+    def messages(self, example, system=None):
+        return [{"role": "user", "content": example["ids"]}]
+
+    def batch_rewards(self, completions, examples, official=False):
+        return reward(completions)
 
 def network(s, tokenizer):
     import transformers
@@ -107,7 +117,7 @@ class Work:
     def prompts(self):
         return self.ids(self.s.batch // self.s.group, self.s.prompt).repeat_interleave(self.s.group, 0)  # (B, P)
 
-    def hide(self, rows):
+    def prompt_masks(self, rows):
         real = torch.ones(self.s.mu, rows, self.s.prompt, dtype=torch.bool)
         return d1.draw_prompt_mask(real, 0.15, torch.Generator().manual_seed(2)).to(self.device)  # (mu, rows, P)
 
@@ -135,12 +145,16 @@ class Work:
 
     def grpo(self, model):
         examples = [{"ids": " ".join(map(str, row))} for row in self.ids(64, self.s.prompt).tolist()]
-        return d1.DiffuGRPO(model, self.tokenizer, examples, lambda e: [{"role": "user", "content": e["ids"]}], reward,
-                            self.settings(), Path(tempfile.gettempdir()))
+        return self.trainer(d1.rl_stage(model, self.tokenizer, Ids(), examples, self.settings()))
 
     def sft(self, model):
         rows = [(row, self.s.prompt) for row in self.ids(64, self.length).tolist()]
-        return d1.MaskedSFT(model, self.tokenizer, rows, self.settings(), Path(tempfile.gettempdir()))
+        return self.trainer(d1.sft_stage(model, self.tokenizer, rows, self.settings()))
+
+    def trainer(self, stage):
+        """A trainer on this device that logs and saves nothing."""
+        backend = d1.make_backend(stage.cfg, Path(tempfile.gettempdir()))
+        return d1.Trainer(stage, backend, getattr(stage, "prompts", None))
 
 # ---- the official amount of work
 def official_decode(model, prompt, s, mask_id, temperature):
@@ -164,25 +178,26 @@ class Official:
     """The official trainers' work on a model of their own."""
 
     def __init__(self, work, model):
-        self.work, self.model, self.reference = work, model, d1.freeze_reference(model)
+        self.work, self.model, self.reference = work, model, d1.reference_of(model)
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.adam = torch.optim.AdamW(self.params, lr=LR, betas=(0.9, 0.99), weight_decay=DECAY, fused=False)
 
-    def logps(self, model, prompt, completion, hide):
-        """All masks in one forward pass, logits at all positions. hide (n, B, P) -> (n, B, C)"""
-        q = torch.where(hide, self.work.mask_id, prompt)  # (n, B, P)
+    def logps(self, model, prompt, completion, prompt_masks):
+        """All masks in one forward pass, logits at all positions. prompt_masks (n, B, P) -> (n, B, C)"""
+        q = torch.where(prompt_masks, self.work.mask_id, prompt)  # (n, B, P)
         canvas = F.pad(q, (0, completion.shape[1]), value=self.work.mask_id).flatten(0, 1)  # (nB, L)
         with d1.precision(self.work.device):
             logits = model(canvas).logits[:, prompt.shape[1] :]  # (nB, C, V)
-            ce = F.cross_entropy(logits.flatten(0, 1), completion.repeat(len(hide), 1).flatten(), reduction="none")
-        return -ce.view(len(hide), *completion.shape)
+            target = completion.repeat(len(prompt_masks), 1).flatten()  # (nB*C,)
+            ce = F.cross_entropy(logits.flatten(0, 1), target, reduction="none")
+        return -ce.view(len(prompt_masks), *completion.shape)
 
     @torch.no_grad()
-    def score(self, prompt, completion, hide):
+    def score(self, prompt, completion, prompt_masks):
         """The old and the reference pass."""
-        old = self.logps(self.model, prompt, completion, hide)  # (mu, B, C)
+        old = self.logps(self.model, prompt, completion, prompt_masks)  # (mu, B, C)
         with self.reference() as ref:
-            return old, self.logps(ref, prompt, completion, hide)
+            return old, self.logps(ref, prompt, completion, prompt_masks)
 
     def update(self, loss):
         loss.backward()
@@ -192,9 +207,10 @@ class Official:
         return loss.item()
 
     def inner(self, k, batch, old, ref):
-        logp = self.logps(self.model, batch.prompt, batch.completion, batch.hide[k : k + 1])[0]  # (B, C)
+        mask = batch.prompt_masks[k : k + 1]
+        logp = self.logps(self.model, batch.prompt, batch.completion, mask)[0]  # (B, C)
         return self.update(
-            d1.diffu_grpo_loss(logp, old[k], ref[k], batch.advantages, batch.live, norm="token")[0])
+            d1.diffu_grpo_loss(logp, old[k], ref[k], batch.advantages, batch.completion_mask, norm="token")[0])
 
     def iteration(self):
         """Draw, pay and score a batch, then mu inner updates."""
@@ -202,20 +218,20 @@ class Official:
         with d1.precision(work.device):
             ids = official_decode(self.model, prompt, work.s, work.mask_id, TEMPERATURE)
         completion = ids[:, work.s.prompt :]  # (B, C)
-        paid = torch.tensor([r["hash"] for r in reward(d1.reply_texts(work.tokenizer, completion), None)])
+        paid = torch.tensor([r["hash"] for r in reward(d1.reply_texts(work.tokenizer, completion))])
         batch = types.SimpleNamespace(
-            prompt=prompt, completion=completion, hide=work.hide(len(prompt)),
-            live=d1.live_tokens(completion, work.tokenizer.eos_token_id),
+            prompt=prompt, completion=completion, prompt_masks=work.prompt_masks(len(prompt)),
+            completion_mask=d1.live_tokens(completion, work.tokenizer.eos_token_id),
             advantages=d1.group_advantages(paid.to(work.device), work.s.group))
-        old, ref = self.score(prompt, completion, batch.hide)
+        old, ref = self.score(prompt, completion, batch.prompt_masks)
         for k in range(work.s.mu):
             self.inner(k, batch, old, ref)
 
-    def sft(self, x0, xt, masked, t, keep):
+    def sft(self, x0, xt, masked, t, is_prompt):
         with d1.precision(self.work.device):
             logits = self.model(xt).logits  # (B, L, V)
             ce = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view_as(x0)  # (B, L)
-        return self.update((ce * masked / t[:, None]).sum() / (~keep).sum())
+        return self.update((ce * masked / t[:, None]).sum() / (~is_prompt).sum())
 
 # ---- the rows; those of one kind share the official run: how to make it, ours by name, and which compute the same
 Kind = collections.namedtuple("Kind", "official ours same", defaults=((),))
@@ -236,7 +252,8 @@ def adapted(work, model, prompt, name):
 def decoding(work, names, temperature=0.0):
     s, model, prompt = work.s, work.model(), work.ids(work.s.batch, work.s.prompt)
     def ours(name):
-        options = dict(cache=name.split("-")[0]) if name.startswith(("prefix", "dual")) else {}
+        caches = name.startswith(("prefix", "dual"))
+        options = dict(decoder=d1.CachedDecoder, cache=name.split("-")[0]) if caches else {}
         return functools.partial(
             d1.diffuse_decode, adapted(work, model, prompt, name), prompt, mask_id=work.mask_id, steps=s.steps,
             gen_length=s.completion, block_length=s.block, temperature=temperature, **options,
@@ -246,48 +263,54 @@ def decoding(work, names, temperature=0.0):
 
 def scoring(work, names):
     s, prompt, completion = work.s, work.prompts(), work.ids(work.s.batch, work.s.completion)
-    hide = work.hide(s.batch // s.group).repeat_interleave(s.group, 1)  # (mu, B, P) the same in a group
+    masks = work.prompt_masks(s.batch // s.group).repeat_interleave(s.group, 1)  # (mu, B, P) the same in a group
     official = Official(work, work.model())
+    stage = work.grpo(official.model).stage
+    everywhere = torch.ones_like(completion, dtype=torch.bool)
+    rollout = d1.Rollout(prompt, torch.ones_like(prompt, dtype=torch.bool), completion, everywhere, None, None, {})
     @torch.no_grad()
     def ours():  # old needs no pass for the first mask: the first inner update's own pass gives it
         with d1.precision(work.device):
-            return [d1.one_step_logps(official.model, prompt, completion, h, work.mask_id, size=s.mu)
-                    for h in (hide[1:], hide)]
-    return Kind(lambda: official.score(prompt, completion, hide), {"logp": ours}, names)
+            return [torch.stack(stage.logps(official.model, rollout, m)) for m in (masks[1:], masks)]
+    return Kind(lambda: official.score(prompt, completion, masks), {"logp": ours}, names)
 
 def updating(work, names):
     model = work.model(train=True, start=None)
-    official, stage = Official(work, copy.deepcopy(model)), work.grpo(model)
-    stage.update()  # draws, and does the inner update 0
-    batch = stage.batch[0]
-    passes = official.score(batch.prompt, batch.completion, batch.hide)
+    official, trainer = Official(work, copy.deepcopy(model)), work.grpo(model)
+    made = trainer.stage.updates(trainer)
+    next(made)  # draws, and does the inner update 0
+    batch = trainer.stage.rollouts[0]
+    passes = official.score(batch.prompt, batch.completion, batch.prompt_masks)
     official.inner(0, batch, *passes)
     theirs, ours = itertools.tee(itertools.cycle(range(1, work.s.mu)))
     def update():
-        stage.step = next(ours)
-        return stage.update()["loss"]
+        trainer.stage.step = next(ours)
+        return next(trainer.stage.updates(trainer))["loss"]
     return Kind(lambda: official.inner(next(theirs), batch, *passes), {"update": update}, names)
 
 def fine_tuning(work, names):
     model = work.model(train=True)
-    official, stage = Official(work, copy.deepcopy(model)), work.sft(model)
+    official, trainer = Official(work, copy.deepcopy(model)), work.sft(model)
+    stage = trainer.stage
+    made = stage.updates(trainer)
     def theirs():  # before ours, so at the same stage.step: the same rows and the same noise
         noise = d1.keyed_generator(stage.cfg.seed, "sft_mask", stage.step)
-        x0, keep = stage.collate([stage.rows[i] for i in stage.row_indices()], work.length)  # (B, L) each
+        x0, is_prompt = stage.collate([stage.rows[i] for i in stage.row_indices()], work.length)  # (B, L) each
         d1.draw_uniform((2,), noise, "cpu")  # those of the length
         t = d1.sample_t(len(x0), noise)  # (B,)
-        xt, masked = d1.forward_process(x0, t, keep, work.mask_id, noise)
-        return official.sft(*(v.to(work.device) for v in (x0, xt, masked, t, keep)))
+        xt, masked = d1.forward_process(x0, t, is_prompt, work.mask_id, noise)
+        return official.sft(*(v.to(work.device) for v in (x0, xt, masked, t, is_prompt)))
     def ours():
-        loss = stage.update()["loss"]
+        loss = next(made)["loss"]
         stage.step += 1
         return loss
     return Kind(theirs, {"sft": ours}, names)
 
-def one_iteration(stage):
-    for _ in range(stage.cfg.mu):
-        stage.update()
-        stage.step += 1
+def one_iteration(trainer):
+    made = trainer.stage.updates(trainer)
+    for _ in range(trainer.stage.cfg.mu):
+        next(made)
+        trainer.stage.step += 1
 
 def iterating(work, names):
     official = Official(work, work.model(train=True, start=None))
@@ -423,8 +446,9 @@ def growth(shape, device):
         found[axis] = dict(sizes=sizes, seconds=seconds, exponent=slope)
     return found
 
-WAYS = {"exact": {}, "prefix": dict(cache="prefix"), "dual": dict(cache="dual"), "threshold .9": dict(threshold=0.9),
-        "dual, threshold .9": dict(cache="dual", threshold=0.9)}
+CACHED = {kind: dict(decoder=d1.CachedDecoder, cache=kind) for kind in ("prefix", "dual")}
+WAYS = {"exact": {}, **CACHED, "threshold .9": dict(threshold=0.9),
+        "dual, threshold .9": CACHED["dual"] | dict(threshold=0.9)}
 
 def cache_accuracy(checkpoint, device, puzzles, length=512, rows=128):
     """What caches and the threshold cost in solved sudokus. An eighth also without the stop at EOS: slow, and alike."""
@@ -475,17 +499,25 @@ def tables(report):
             (way, str(f["puzzles"]), f"{f['seconds']:.1f}", f"{f['ratio']:.2f}", f"{f['tokens_per_second']:,.0f}",
              f"{100 * f['solved']:.1f}", f"{100 * f['same']:.1f}") for way, f in r.get("accuracy", {}).items()]
 
-def show(report, markdown=False):
+def show(report):
     from rich import box, console, table
     for title, header, rows in (t for t in tables(report) if t[2]):
-        if markdown:
+        t = table.Table(*header, title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        for cells in rows:
+            t.add_row(*cells)
+        console.Console(width=150).print(t)
+
+def write_tables(report, path):
+    """Put the tables of the shape `small` on a CPU between their marks in a file; one that was not measured stays."""
+    text, kind = path.read_text(encoding="utf-8"), "small, cpu"
+    made = tables({kind: report[kind]})
+    for mark, (_, header, rows) in zip(("rows", "growth", "accuracy"), made, strict=True):
+        if rows:
             lines = [header, ["---"] * len(header), *rows]
-            print(f"{title}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n")
-        else:
-            t = table.Table(*header, title=title, title_justify="left", box=box.SIMPLE_HEAD)
-            for cells in rows:
-                t.add_row(*cells)
-            console.Console(width=150).print(t)
+            table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+            before, rest = text.split(f"<!-- bench: {mark} -->\n")
+            text = f"{before}<!-- bench: {mark} -->\n{table}<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+    path.write_text(text, encoding="utf-8")
 
 def machine(device):
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -504,13 +536,13 @@ def arguments():
     a.add_argument("--growth", action="store_true", help="time one iteration of ours over growing sizes")
     a.add_argument("--cache-accuracy", metavar="CKPT", help="solve sudoku with this checkpoint of the embedded model")
     a.add_argument("--puzzles", type=int, default=256, help="of --cache-accuracy")
-    a.add_argument("--markdown", type=Path, metavar="FILE", help="print the tables of a report and stop")
+    a.add_argument("--markdown", type=Path, metavar="FILE", help="put its tables into tests/README.md and stop")
     return a.parse_args()
 
 def main():
     args = arguments()
     if args.markdown:
-        return show(json.loads(args.markdown.read_text()), markdown=True)
+        return write_tables(json.loads(args.markdown.read_text()), Path(__file__).with_name("README.md"))
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the stages take a GPU where there is one
     torch.set_num_threads(args.threads)

@@ -24,8 +24,7 @@ LENGTH = 32
 def replies(model, tokenizer, prompts, **options):
     """Reply ids (B, C) to the prompts, greedily."""
     ids, real = d1.pad_left(prompts, tokenizer.pad_token_id)
-    cfg = d1.Settings(block_length=options.pop("block_length", LENGTH), remasking="low_confidence", refresh=0,
-                      edit_share=0.1, allow_edits=options.pop("allow_edits", False))
+    cfg = d1.Settings(block_length=options.pop("block_length", LENGTH), allow_edits=options.pop("allow_edits", False))
     out = d1.diffuse_decode(model, ids, attention_mask=real, gen_length=LENGTH, **d1.decoding(tokenizer, cfg) | options)
     return out[:, ids.shape[1] :]
 
@@ -48,7 +47,8 @@ def long_text(checkpoint):
         for n in (256, 512, 1024, 2048):
             def run(n=n, context=context):
                 return d1.diffuse_decode(model, prompt, mask_id=tokenizer.mask_token_id, gen_length=n,
-                                         block_length=32, steps=n // 8, context=context)
+                                         block_length=32, steps=n // 8, decoder=d1.WindowedDecoder,
+                                         context=context)
             began = time.perf_counter()
             out, mib = bench.peak(run, torch.device("cpu"))
             seconds = time.perf_counter() - began

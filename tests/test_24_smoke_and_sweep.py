@@ -1,150 +1,132 @@
-"""Trackers, --auto_resume, --smoke and --sweep."""
+"""--smoke and --sweep."""
 
 import argparse
-import gc
-import importlib.machinery
-import importlib.util
 import json
 import math
 import os
 import re
-import signal
 import sqlite3
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
-from test_cli import SMALL, run
+from conftest import ROOT, SMALL, logged, run, without
 
 import d1_full as d1
 
-ROOT = Path(d1.__file__).parent
+pytestmark = pytest.mark.usefixtures("quick_collections")
 
-
-@pytest.fixture(autouse=True)
-def quick_collections():
-    """`main` and optuna collect garbage after each run: let them pass over what is there already."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-def logged(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def stop_once(monkeypatch, step, how):
-    """Stage 2 is stopped as it begins this step, the first time it gets there."""
-    update, came = d1.DiffuGRPO.update, []
-
-    def stopping(stage):
-        if stage.step + 1 == step and not came:
-            came.append(step)
-            how()
-        return update(stage)
-
-    monkeypatch.setattr(d1.DiffuGRPO, "update", stopping)
-
-
-def interrupt():
-    raise KeyboardInterrupt
-
-
-def without(monkeypatch, package):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
-
-
-# trackers
-
-def test_tensorboard_has_what_metrics_has_after_a_break_too(tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
-    from accelerate.tracking import TensorBoardTracker
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    ended, finish = [], TensorBoardTracker.finish
-    monkeypatch.setattr(TensorBoardTracker, "finish", lambda t: (ended.append(t), finish(t)))
-    stop_once(monkeypatch, 4, interrupt)  # step 3 is logged, and made again from the checkpoint of step 2
-    flags = "--task", "sudoku", "--skip_eval", "--report_to", "tensorboard"
-    assert run(*flags, out=tmp_path) == 130 and len(ended) == 2
-    assert run(*flags, "--resume", out=tmp_path) == 0 and len(ended) == 4
-    rows = logged(tmp_path / "sudoku")
-    for stage, keys in (("sft", ("loss", "heldout_loss", "lr")), ("diffu_grpo", ("loss", "kl", "heldout_accuracy"))):
-        events = EventAccumulator(str(tmp_path / "sudoku" / "logs" / stage / "d1_full")).Reload()
-        assert all(tag.startswith(f"{stage}/") for tag in events.Tags()["scalars"])
-        for key in keys:
-            wanted = [(r["step"], r[key]) for r in rows if r["stage"] == stage and key in r]
-            got = [(e.step, e.value) for e in events.Scalars(f"{stage}/{key}")]
-            assert [s for s, _ in got] == [s for s, _ in wanted] == sorted({s for s, _ in wanted})
-            assert [v for _, v in got] == pytest.approx([v for _, v in wanted], rel=1e-6)
-
-
-def test_without_a_tracker_nothing_is_left(tmp_path):
-    assert run("--task", "sudoku", "--skip_eval", "--steps_rl", 1, "--steps_sft", 1, out=tmp_path) == 0
-    assert not (tmp_path / "sudoku" / "logs").exists()
-
-
-@pytest.mark.parametrize("name", d1.TRACKERS)
-def test_a_tracker_that_is_not_installed_is_one_line(name, tmp_path, monkeypatch, capsys):
-    without(monkeypatch, name)
-    assert run("--task", "sudoku", "--report_to", name, out=tmp_path) == 2
-    error = capsys.readouterr().err
-    assert f"--report_to {name} needs the package {name}: pip install {name}" in error and error.count("\n") == 1
-
-
-def test_a_folder_is_no_package(tmp_path, monkeypatch, capsys):
-    (tmp_path / "wandb").mkdir()  # as wandb leaves one
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: importlib.machinery.PathFinder.find_spec(
-        name, [str(tmp_path)] if name == "wandb" else None))
-    assert importlib.util.find_spec("wandb") and run("--task", "sudoku", "--report_to", "wandb", out=tmp_path) == 2
-    assert "needs the package wandb" in capsys.readouterr().err
-
-
-# --auto_resume
-
-def test_auto_resume_starts_then_resumes_and_gives_the_unbroken_run(tmp_path, monkeypatch, capsys):
-    flags = "--task", "sudoku", "--skip_eval"
-    assert run(*flags, out=tmp_path / "whole") == 0
-    stop_once(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert run(*flags, "--auto_resume", out=tmp_path / "parts") == 143
-    assert "resumed" not in capsys.readouterr().out
-    assert run(*flags, "--auto_resume", out=tmp_path / "parts") == 0
-    assert "diffu_grpo: resumed after step 3" in capsys.readouterr().out
-    whole, parts = ((tmp_path / name / "sudoku" / "model.safetensors").read_bytes() for name in ("whole", "parts"))
-    assert whole == parts and not list((tmp_path / "parts").glob("*.old*"))
-    assert run(*flags, "--resume", out=tmp_path / "parts") == 0  # the flag is no change of the run
-    assert run(*flags, "--resume", out=tmp_path / "none") == 2  # and --resume stays strict
-    assert run(*flags, "--auto_resume", "--seed", 5, out=tmp_path / "parts") == 2  # another run is not continued
-    assert "--seed=0" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("there", [False, True])
-def test_auto_resume_of_table1(there, tmp_path, monkeypatch):
-    came = []
-
-    def trained(cfg, screen, out, before):
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").touch()  # so that it can be named as --model
-        came.append((out, cfg.resume))
-        return []
-
-    monkeypatch.setattr(d1, "run_stages", trained)
-    if there:
-        (tmp_path / "table1" / "count_d1" / "trainer").mkdir(parents=True)
-    assert run("--task", "table1", "--auto_resume", out=tmp_path) == 0
-    assert [out.name for out, resumed in came if resumed] == ["count_d1"] * there and len(came) == 10
-
-
-# --smoke
 
 CHECKS = "model", "tokenizer", "data", "forward pass", "masking", "SFT loss, gradient", "decoding", "reward"
 
 
 def checks_in(shown):
     return [line[2:22].strip() for line in shown.splitlines() if re.match(r"  \S.* s$", line)]
+
+
+def broken_weights(d1, monkeypatch):
+    load = d1.load_model
+
+    def broken(*a, **k):
+        model, tokenizer = load(*a, **k)
+        model.lm_head.weight.data.fill_(math.nan)
+        return model, tokenizer
+
+    monkeypatch.setattr(d1, "load_model", broken)
+
+
+def broken_gradient(d1, monkeypatch):
+    nelbo = d1.nelbo
+    monkeypatch.setattr(d1, "nelbo", lambda *a: nelbo(*a) * math.inf)
+
+
+def broken_masking(d1, monkeypatch):
+    forward = d1.forward_process
+    monkeypatch.setattr(d1, "forward_process", lambda x0, t, is_prompt, *a: forward(x0, t, is_prompt & False, *a))
+
+
+def broken_prompt(d1, monkeypatch):
+    forward = d1.forward_process
+
+    def first_too(*a):
+        xt, masked = forward(*a)
+        masked[0, 0], xt[0, 0] = True, d1.build_tokenizer().mask_token_id
+        return xt, masked
+
+    monkeypatch.setattr(d1, "forward_process", first_too)
+
+
+def broken_rate(d1, monkeypatch):
+    forward = d1.forward_process
+    monkeypatch.setattr(d1, "forward_process", lambda x0, t, *a: forward(x0, t / 2, *a))
+
+
+def broken_decoder(d1, monkeypatch):
+    decode = d1.diffuse_decode
+    monkeypatch.setattr(d1, "diffuse_decode", lambda *a, mask_id, **k: decode(*a, mask_id=mask_id, **k).fill_(mask_id))
+
+
+def broken_reward(d1, monkeypatch):
+    monkeypatch.setattr(d1.Sudoku, "rewards", lambda *a: {"sudoku": math.nan})
+
+
+SPACE = "lr_rl: {low: 1e-5, high: 1e-2, log: true}\nmu: [1, 2]\nsave_steps: {low: 2, high: 9}\n"
+
+
+def sweep(tmp_path, n, *flags, space=SPACE, task="sudoku"):
+    (tmp_path / "space.yaml").write_text(space)
+    return run("--task", task, "--sweep", n, "--sweep_space", tmp_path / "space.yaml", *flags, out=tmp_path / "o")
+
+
+def study_of(tmp_path, task="sudoku"):
+    import optuna
+    return optuna.load_study(study_name="d1_full", storage=f"sqlite:///{tmp_path / 'o' / f'{task}-sweep' / 'sweep.db'}")
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The settings of the trials, which run at once and are the better the nearer lr_rl is to 1e-3."""
+    pytest.importorskip("optuna")
+    came = []
+
+    def at_once(cfg, screen, out):
+        assert cfg.skip_eval and not cfg.resume  # the test problems are for after the sweep
+        came.append(cfg)
+        out.mkdir()
+        best = 1 - abs(math.log10(cfg.lr_rl) + 3)
+        rows = [dict(heldout_loss=9.0), *(dict(heldout_accuracy=best - less) for less in (0.2, 0, 0.1)), dict(loss=1)]
+        (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    monkeypatch.setattr(d1, "run_stages", at_once)
+    return came
+
+
+TRIAL_IN_A_PROCESS = """import os, sys, time
+from pathlib import Path
+import d1_full as d1
+def meet(cfg, screen, out):
+    folder = out.parent / "pids"
+    folder.mkdir(exist_ok=True)
+    (folder / str(os.getpid())).touch()
+    for _ in range(600):
+        time.sleep(0.1)
+        if len(list(folder.iterdir())) >= int(os.environ["MEET"]):
+            break
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"heldout_accuracy": %s}' % cfg.lr_rl)
+d1.run_stages = meet
+sys.exit(d1.main(sys.argv[1:]))"""
+
+
+def start(tmp_path, n, meet):
+    (tmp_path / "space.yaml").write_text(SPACE)
+    flags = ["--task", "sudoku", "--sweep", str(n), "--sweep_space", str(tmp_path / "space.yaml")]
+    small = [word for k, v in SMALL.items() for word in (f"--{k}", str(v))]
+    command = [sys.executable, "-c", TRIAL_IN_A_PROCESS, *small, *flags, "--output_dir", str(tmp_path / "o")]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "MEET": str(meet)}, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.mark.parametrize("flags,left_out", [
@@ -161,52 +143,6 @@ def test_smoke_shows_every_check_and_leaves_nothing(flags, left_out, tmp_path, c
     assert all(torch.equal(w, fresh[k]) for k, w in loaded[0][0].state_dict().items())  # nothing was trained
     assert ("train 2, heldout 128, test 4, SFT rows 8 " in shown) == ("sudoku" in flags)
     assert ("train 8, heldout 512, test 16, SFT rows 32 " in shown) == ("table1" in flags)
-
-
-def broken_weights(d1, monkeypatch):
-    load = d1.load_model
-
-    def broken(*a, **k):
-        model, tokenizer = load(*a, **k)
-        model.lm_head.weight.data.fill_(math.nan)
-        return model, tokenizer
-
-    monkeypatch.setattr(d1, "load_model", broken)
-
-
-def broken_gradient(d1, monkeypatch):
-    found = d1.weighted_nelbo
-    monkeypatch.setattr(d1, "weighted_nelbo", lambda *a: (found(*a)[0] * math.inf, found(*a)[1]))
-
-
-def broken_masking(d1, monkeypatch):
-    forward = d1.forward_process
-    monkeypatch.setattr(d1, "forward_process", lambda x0, t, keep, *a: forward(x0, t, keep & False, *a))
-
-
-def broken_prompt(d1, monkeypatch):
-    forward = d1.forward_process
-
-    def first_too(*a):
-        xt, masked = forward(*a)
-        masked[0, 0], xt[0, 0] = True, d1.build_tokenizer().mask_token_id
-        return xt, masked
-
-    monkeypatch.setattr(d1, "forward_process", first_too)
-
-
-def broken_rate(d1, monkeypatch):
-    forward = d1.forward_process
-    monkeypatch.setattr(d1, "forward_process", lambda x0, t, keep, *a: forward(x0, t / 2, keep, *a))
-
-
-def broken_decoder(d1, monkeypatch):
-    decode = d1.diffuse_decode
-    monkeypatch.setattr(d1, "diffuse_decode", lambda *a, mask_id, **k: decode(*a, mask_id=mask_id, **k).fill_(mask_id))
-
-
-def broken_reward(d1, monkeypatch):
-    monkeypatch.setattr(d1.Sudoku, "rewards", lambda *a: {"sudoku": math.nan})
 
 
 @pytest.mark.parametrize("break_it,name", [
@@ -242,39 +178,6 @@ def test_smoke_shows_a_broken_reward_function_although_the_run_would_pay_zero(tm
     assert "--smoke: reward failed" in error and "ZeroDivisionError" in error and error.count("\n") == 1
 
 
-# --sweep
-
-SPACE = "lr_rl: {low: 1e-5, high: 1e-2, log: true}\nmu: [1, 2]\nsave_steps: {low: 2, high: 9}\n"
-
-
-def sweep(tmp_path, n, *flags, space=SPACE, task="sudoku"):
-    (tmp_path / "space.yaml").write_text(space)
-    return run("--task", task, "--sweep", n, "--sweep_space", tmp_path / "space.yaml", *flags, out=tmp_path / "o")
-
-
-def study_of(tmp_path, task="sudoku"):
-    import optuna
-    return optuna.load_study(study_name="d1_full", storage=f"sqlite:///{tmp_path / 'o' / f'{task}-sweep' / 'sweep.db'}")
-
-
-@pytest.fixture
-def ran(monkeypatch):
-    """The settings of the trials, which run at once and are the better the nearer lr_rl is to 1e-3."""
-    pytest.importorskip("optuna")
-    came = []
-
-    def at_once(cfg, screen, out):
-        assert cfg.skip_eval and not cfg.resume  # the test problems are for after the sweep
-        came.append(cfg)
-        out.mkdir()
-        best = 1 - abs(math.log10(cfg.lr_rl) + 3)
-        rows = [dict(heldout_loss=9.0), *(dict(heldout_accuracy=best - less) for less in (0.2, 0, 0.1)), dict(loss=1)]
-        (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    monkeypatch.setattr(d1, "run_stages", at_once)
-    return came
-
-
 def test_sweep_makes_as_many_trials_as_are_missing_and_shows_the_best(ran, tmp_path, capsys):
     assert sweep(tmp_path, 2) == 0 and len(ran) == 2
     assert sweep(tmp_path, 2) == 0 and len(ran) == 2
@@ -293,7 +196,7 @@ def test_sweep_makes_as_many_trials_as_are_missing_and_shows_the_best(ran, tmp_p
     assert "Best of 3 trials" in shown.out and not shown.err
 
 
-def test_a_broken_off_sweep_proposes_what_an_unbroken_one_does(ran, tmp_path):
+def test_sweep_broken_off_proposes_what_an_unbroken_one_does(ran, tmp_path):
     for name, calls in (("whole", [3]), ("parts", [1, 3])):
         (tmp_path / name).mkdir()
         for n in calls:
@@ -302,7 +205,7 @@ def test_a_broken_off_sweep_proposes_what_an_unbroken_one_does(ran, tmp_path):
 
 
 @pytest.mark.parametrize("how", [d1.NonFiniteLoss("NaN in step 3"), d1.UserError("NaN in step 3")])
-def test_a_failed_trial_counts_and_the_sweep_goes_on(how, ran, tmp_path, capsys, monkeypatch):
+def test_sweep_counts_a_failed_trial_and_goes_on(how, ran, tmp_path, capsys, monkeypatch):
     at_once = d1.run_stages
 
     def first_fails(cfg, screen, out):
@@ -318,7 +221,7 @@ def test_a_failed_trial_counts_and_the_sweep_goes_on(how, ran, tmp_path, capsys,
     assert [t.state.name for t in study_of(tmp_path).trials] == ["PRUNED", "COMPLETE", "COMPLETE"]
 
 
-def test_values_are_tried_with_the_first_ones_and_what_does_not_fit_fails_its_trial_alone(ran, tmp_path, capsys):
+def test_sweep_tries_values_with_the_first_ones_and_what_does_not_fit_fails_its_trial_alone(ran, tmp_path, capsys):
     assert sweep(tmp_path, 8, space="bs_rl: [6, 4]\ngroup: [2, 3]\n") == 0  # --bs_rl 4 alone takes no group of 3
     assert ran and (4, 3) not in {(cfg.bs_rl, cfg.group) for cfg in ran}
     assert "--bs_rl 4 must be a multiple of --group 3" in capsys.readouterr().out
@@ -326,13 +229,13 @@ def test_values_are_tried_with_the_first_ones_and_what_does_not_fit_fails_its_tr
     assert "must be a multiple of --group 3" in capsys.readouterr().err and not (tmp_path / "p").exists()
 
 
-def test_a_sweep_without_a_good_trial_is_status_1(ran, tmp_path, capsys, monkeypatch):
+def test_sweep_without_a_good_trial_is_status_1(ran, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(d1, "run_stages", lambda cfg, screen, out: None)  # no figures
     assert sweep(tmp_path, 1) == 1 and "no trial of the sweep has gone well" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how,status", [(KeyboardInterrupt(), 130), (d1.Stopped("SIGTERM after sft step 3", 143), 143)])
-def test_ctrl_c_ends_the_sweep_and_the_trial_does_not_count(how, status, ran, tmp_path, capsys, monkeypatch):
+def test_sweep_ends_by_ctrl_c_and_the_trial_does_not_count(how, status, ran, tmp_path, capsys, monkeypatch):
     at_once = d1.run_stages
 
     def second_stops(cfg, screen, out):
@@ -349,33 +252,7 @@ def test_ctrl_c_ends_the_sweep_and_the_trial_does_not_count(how, status, ran, tm
     assert [t.state.name for t in study_of(tmp_path).trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
 
 
-TRIAL_IN_A_PROCESS = """import os, sys, time
-from pathlib import Path
-import d1_full as d1
-def meet(cfg, screen, out):
-    folder = out.parent / "pids"
-    folder.mkdir(exist_ok=True)
-    (folder / str(os.getpid())).touch()
-    for _ in range(600):
-        time.sleep(0.1)
-        if len(list(folder.iterdir())) >= int(os.environ["MEET"]):
-            break
-    out.mkdir()
-    (out / "metrics.jsonl").write_text('{"heldout_accuracy": %s}' % cfg.lr_rl)
-d1.run_stages = meet
-sys.exit(d1.main(sys.argv[1:]))"""
-
-
-def start(tmp_path, n, meet):
-    (tmp_path / "space.yaml").write_text(SPACE)
-    flags = ["--task", "sudoku", "--sweep", str(n), "--sweep_space", str(tmp_path / "space.yaml")]
-    small = [word for k, v in SMALL.items() for word in (f"--{k}", str(v))]
-    command = [sys.executable, "-c", TRIAL_IN_A_PROCESS, *small, *flags, "--output_dir", str(tmp_path / "o")]
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "MEET": str(meet)}, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
-
-
-def test_two_processes_share_a_sweep_and_a_killed_one_does_not_count(tmp_path, ran, capsys):
+def test_sweep_is_shared_by_two_processes_and_a_killed_one_does_not_count(tmp_path, ran, capsys):
     both = [start(tmp_path, 4, meet) for meet in (9, 2)]  # the first waits in its trial
     said = both[1].communicate(timeout=120)[0]
     assert both[1].returncode == 0 and "1 under way elsewhere" in said, said
@@ -406,13 +283,13 @@ def test_sweep_of_whole_runs_by_their_heldout_figure(task, space, key, tmp_path,
     assert "best: --" in capsys.readouterr().out
 
 
-def test_other_choices_in_the_same_folder_are_refused(ran, tmp_path, capsys):
+def test_sweep_refuses_other_choices_in_the_same_folder(ran, tmp_path, capsys):
     assert sweep(tmp_path, 1) == 0 and sweep(tmp_path, 2, space="mu: [1, 4]\n") == 2
     error = capsys.readouterr().err
     assert "another --sweep_space" in error and error.count("\n") == 1 and len(ran) == 1
 
 
-def test_several_processes_of_accelerate_are_refused(ran, tmp_path, capsys, monkeypatch):
+def test_sweep_refuses_several_processes_of_accelerate(ran, tmp_path, capsys, monkeypatch):
     two = types.SimpleNamespace(num_processes=2, is_main_process=True)
     monkeypatch.setattr(d1, "processes", lambda: two)
     assert sweep(tmp_path, 1) == 2 and "start the command several times" in capsys.readouterr().err and not ran
@@ -429,7 +306,7 @@ def test_several_processes_of_accelerate_are_refused(ran, tmp_path, capsys, monk
     ("lr_rl: [.inf]", "finite"), ("use_lora: [maybe]", "--use_lora"), ("\x00", "space.yaml"),
     ("{}", "names no setting"),
 ])
-def test_a_bad_sweep_space_is_one_line(text, word, tmp_path):
+def test_read_space_refuses_a_bad_space_in_one_line(text, word, tmp_path):
     pytest.importorskip("optuna")
     (tmp_path / "space.yaml").write_text(text)
     with pytest.raises((d1.UserError, argparse.ArgumentError)) as error:
@@ -437,7 +314,7 @@ def test_a_bad_sweep_space_is_one_line(text, word, tmp_path):
     assert word in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_bad_sweep_space_ends_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+def test_sweep_with_a_bad_space_ends_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
     pytest.importorskip("optuna")
     monkeypatch.setattr(d1, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     assert sweep(tmp_path, 2, space="mu: [1, two]") == 2
@@ -453,7 +330,7 @@ def test_a_bad_sweep_space_ends_before_anything_is_loaded(tmp_path, capsys, monk
     ("--task sudoku --eval_only --sweep 2 --sweep_space x.yaml", "trains"),
     ("--task sudoku --sweep -1 --sweep_space x.yaml", "--sweep must"), ("--smoke --export hf --model x", "--task"),
 ])
-def test_flags_that_do_not_go_together(flags, word, tmp_path, capsys, monkeypatch):
+def test_sweep_flags_that_do_not_go_together(flags, word, tmp_path, capsys, monkeypatch):
     if "--sweep " in flags:
         pytest.importorskip("optuna")
     monkeypatch.chdir(tmp_path)
