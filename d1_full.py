@@ -3410,7 +3410,7 @@ def resolve_checkpoint(name):
     name = ALIASES.get(name.lower(), name)
     folder = Path(name)
     if folder.is_dir():
-        if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
+        if not {"config.json", "adapter_config.json"}.intersection(os.listdir(folder)):
             raise UserError(f"{name} holds no model: neither config.json nor adapter_config.json is there")
     elif name.startswith((".", "/", "~")) or name.count("/") != 1 or folder.parent.is_dir():
         raise UserError(f"--model {name}: no such folder; give tiny, a hub id (owner/name) or a checkpoint")
@@ -3465,7 +3465,7 @@ def network_of(source, raw):
     if kind == "llada":
         embedding = raw.get("embedding_size") or raw["vocab_size"]  # it may be wider than the vocabulary
         raw = {"n_kv_heads": None} | raw | {"embedding_size": embedding}
-        fields: dict[str, Any] = {ours: raw[theirs] for theirs, ours in LLADA_FIELDS.items()}
+        fields = {ours: raw[theirs] for theirs, ours in LLADA_FIELDS.items()}
         rope = {"rope_type": "default", "rope_theta": raw["rope_theta"]}
         fields |= dict(is_causal=False, rope_full_precision=True, rope_parameters=rope)
         return transformers.LlamaForCausalLM, transformers.LlamaConfig(**fields)
@@ -3489,7 +3489,7 @@ def embedded_network(name, tokenizer):
     """(class, config) of an embedded model: LLaDA's network with 0.4 M weights, BERT's or ModernBERT's with 1 M."""
     import transformers
 
-    fields: dict[str, Any] = dict(
+    fields = dict(
         vocab_size=len(tokenizer),
         mask_token_id=tokenizer.mask_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -3524,7 +3524,7 @@ def load_weights(
     load_4bit,
     attn,
     device,
-    seed=None,  # of random weights; None = those of the checkpoint
+    seed,  # of random weights; None = those of the checkpoint
 ):
     """A checkpoint's network and weights, converted while loading. UserError if they do not fit each other."""
     import transformers
@@ -3666,7 +3666,7 @@ def load_tokenizer(name, base, raw):
     import transformers
 
     plain = {"llada": transformers.PreTrainedTokenizerFast, "Dream": transformers.Qwen2Tokenizer}
-    reader: Any = plain.get(raw.get("model_type", ""), transformers.AutoTokenizer)
+    reader = plain.get(raw.get("model_type"), transformers.AutoTokenizer)
     source = name if Path(name, "tokenizer_config.json").exists() else base
     with refusing(f"cannot load the tokenizer of {name}"):
         return reader.from_pretrained(source, trust_remote_code=False)
@@ -3687,7 +3687,7 @@ def complete_tokens(model, tokenizer, raw):
         tokenizer.add_tokens([AddedToken(text, normalized=False) for text in (*tags, "\n")])
 
     if tokenizer.mask_token is None:
-        known = raw.get("mask_token_id") or MASK_IDS.get(raw.get("model_type", ""))
+        known = raw.get("mask_token_id") or MASK_IDS.get(raw.get("model_type"))
         token = "<|mask|>" if known is None else tokenizer.convert_ids_to_tokens(known)
         if token is None:
             raise UserError(f"config.json names {known} as the mask token, and the tokenizer has no such token")
@@ -3715,9 +3715,10 @@ def adapt_with_lora(model, r, alpha, dropout=0.0, targets="all", *, seed=0):
     # [D7] official adapts what of its list LLaDA has, silently. here: names read off the model; no match is an error.
     found = sorted({name.split(".")[-1] for name in block_linears(model)})
     wanted = found if targets == "all" else targets.split(",")
-    if not found or not set(wanted) <= set(found):
-        missing = ", ".join(sorted({*wanted} - {*found}))
-        raise UserError(f"{type(model).__name__} has no linear layer {missing} to adapt; it has {', '.join(found)}")
+    missing = sorted({*wanted} - {*found})
+    if missing or not found:
+        what = f"no linear layer {', '.join(missing)} to adapt; it has {', '.join(found)}"
+        raise UserError(f"{type(model).__name__} has {what}")
 
     # [D19] a bf16 adapter hardly moves at lr 1e-5. here: peft's autocast_adapter_dtype keeps it fp32.
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted)
@@ -3763,7 +3764,7 @@ def reference_of(model):
         return lambda: contextlib.nullcontext(frozen)
 
     learned = {name: p for name, p in model.named_parameters() if ".default." in name}
-    if any(bool(p.any()) for name, p in learned.items() if "lora_B" in name):  # stage 1 was in this same run
+    if any(p.any() for name, p in learned.items() if "lora_B" in name):  # stage 1 was in this same run
         model.add_adapter("stage1", model.peft_config["default"])
         with torch.no_grad():
             for name, p in learned.items():
@@ -3802,7 +3803,7 @@ class Asked:
     hidden: Tensor | None = None  # (N, D) what goes into the layer at these positions
 
 
-ASKED: ContextVar[Asked | None] = ContextVar("ASKED", default=None)  # every thread, and every inner call, has its own
+ASKED = ContextVar("ASKED", default=None)  # an `Asked` or None; every thread, and every inner call, has its own
 HOOKING = threading.Lock()
 
 
@@ -3910,7 +3911,7 @@ def decoding(tokenizer, cfg):
     )
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass
 class WindowedDecoder(BlockDecoder):
     """Writes replies that are longer than what the model can see: a window slides over the text.
 
@@ -3934,7 +3935,7 @@ class WindowedDecoder(BlockDecoder):
         return slice(max(0, end - size), end)
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass
 class CachedDecoder(BlockDecoder):
     """Keeps keys and values over a block's steps, as if other tokens did not change them (Fast-dLLM, arXiv 2505.22618).
 
@@ -3995,7 +3996,7 @@ def cache_error(model, frames, mask_id, attention_mask):
 
     attention_mask (B, P) True = real token of the prompt.
     """
-    last = {frame.block: frame for frame in frames if bool(frame.logp.any())}
+    last = {frame.block: frame for frame in frames if frame.logp.any()}
     errors = []
     for frame in last.values():
         before = torch.where(frame.new, mask_id, frame.ids)  # (B, P+C)
@@ -4015,14 +4016,14 @@ def add_delete_token(model, tokenizer):
     fit_vocabulary(model, tokenizer)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class EditedFrame(Frame):
     """A frame whose step may also have edited."""
 
     edited: Tensor  # (B, P+C) bool, True = replaced by this step; what it deleted is gone
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass
 class EditingDecoder(BlockDecoder):
     """Looks at a block's written tokens too. It replaces a share of them, less from step to step, and deletes some."""
 
@@ -4065,8 +4066,8 @@ class EditingDecoder(BlockDecoder):
         edited = torch.zeros_like(frame.new)  # (B, P+C)
         ids, new, logp, rows = frame.ids, frame.new, frame.logp, self.looked_at
         if self.rate:
-            allowed = self.logits.index_fill(-1, torch.tensor([self.mask_id], device=ids.device), -math.inf)
-            allowed = allowed.view(-1, self.block_length, allowed.shape[-1])  # (R, K, V)
+            self.logits[:, self.mask_id] = -math.inf
+            allowed = self.logits.unflatten(0, (-1, self.block_length))  # (R, K, V)
             ids = ids.clone()
             ids[rows, block], edited[rows, block] = revise(ids[rows, block], allowed, masked[rows], self.rate)
 
@@ -4083,7 +4084,7 @@ class EditingDecoder(BlockDecoder):
             yield frame
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass
 class FullDecoder(EditingDecoder, CachedDecoder, WindowedDecoder):
     """All of them: what rollouts, evaluation and chat use."""
 
@@ -4311,10 +4312,9 @@ def trainer_for(stage, tokenizer, cfg: Settings, out: Path, screen, *more: Liste
 
     out: the run's folder. more: further listeners; they find `out` and `tokenizer` at the trainer.
     """
-    out = Path(out)
     backend = make_backend(cfg, out / "logs" / stage.name, stage.grad_clip)
     listeners = Listeners(RunLog(), Checkpoints(), *more, RunScreen(screen, out), StopSignals())
-    trainer: Any = Trainer(stage, backend, listeners)
+    trainer = Trainer(stage, backend, listeners)
     trainer.out, trainer.tokenizer = out, tokenizer
     return trainer
 
@@ -4330,23 +4330,18 @@ def train(trainer, screen):
 
 
 # Listeners
-class Listeners(Listener):
+class Listeners:
     """Several listeners as one, told in their order. The first answer that is not None counts."""
 
     def __init__(self, *parts):
         self.parts = parts
 
-    def tell(self, event, *told):
-        answers = [getattr(part, event)(*told) for part in self.parts]
-        return next((answer for answer in answers if answer is not None), None)
+    def __getattr__(self, event):
+        def tell(*told):
+            answers = [getattr(part, event)(*told) for part in self.parts]
+            return next((answer for answer in answers if answer is not None), None)
 
-    on_start = functools.partialmethod(tell, "on_start")
-    on_rollout = functools.partialmethod(tell, "on_rollout")
-    on_skip = functools.partialmethod(tell, "on_skip")
-    on_step = functools.partialmethod(tell, "on_step")
-    on_check = functools.partialmethod(tell, "on_check")
-    on_save = functools.partialmethod(tell, "on_save")
-    on_finish = functools.partialmethod(tell, "on_finish")
+        return tell
 
 
 class RunLog(Listener):
@@ -4398,27 +4393,43 @@ class Checkpoints(Listener):
 
 
 class StopSignals(Listener):
-    """Ctrl-C or SIGTERM, to any of the processes, stops a run after the update in work, which is saved."""
+    """Ctrl-C or SIGTERM, to any of the processes, stops a run after the update in work, which is saved.
 
-    came: Any = ()  # the signals, in a list once the handlers are set
-    handlers = None
+    A second one acts at once.
+    """
+
+    came = ()  # the signals, in a list while handlers may be set
+    before = None  # the handlers that ours replace, None = ours may not be set
 
     @contextlib.contextmanager
     def around(self, trainer):
         """Context in which handlers may be set."""
+        self.came, self.before = [], {}
         try:
-            with contextlib.ExitStack() as self.handlers:
-                yield
+            yield
         finally:
-            self.came, self.handlers = (), None
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+            self.came, self.before = (), None
 
     def on_start(self, trainer):
         if not trainer.owed:  # a check before the first update is broken off at once, as there is nothing to save
             self.on_check(trainer, {})
 
     def on_check(self, trainer, figures):
-        if self.handlers and self.came == ():
-            self.came = self.handlers.enter_context(stop_signals())
+        if self.before != {} or threading.current_thread() is not threading.main_thread():  # no other may set handlers
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler != signal.SIG_IGN:  # as under nohup
+                self.before[number] = handler
+                signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        """The handler: the step in work can be finished and saved."""
+        self.came.append(number)
+        signal.signal(number, self.before[number])
+        print("d1_full.py: stops after this step and saves; the same signal again stops at once", file=sys.stderr)
 
     def on_step(self, trainer, figures):
         number = max(trainer.backend.gather([max(self.came, default=0)]))
@@ -4426,28 +4437,6 @@ class StopSignals(Listener):
             return None
         where = f"{signal.Signals(number).name} after {trainer.stage.name} step {trainer.stage.step}, which is saved"
         return Stopped(f"{where}; the same flags and --resume go on from there", 128 + number)
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Note Ctrl-C and SIGTERM in a list, so that a step can be finished and saved. A second one acts at once."""
-    came, before = [], {}
-    if threading.current_thread() is threading.main_thread():  # no other may set handlers
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as under nohup
-
-    def note(number, frame):
-        came.append(number)
-        signal.signal(number, before[number])
-        print("d1_full.py: stops after this step and saves; the same signal again stops at once", file=sys.stderr)
-
-    try:
-        for number in before:
-            signal.signal(number, note)
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # Processes
@@ -4473,9 +4462,14 @@ def make_backend(cfg, logs, clip=0.0):
         return AcceleratedBackend(accel)
 
     off = {"enabled": False}  # DeepSpeed would round the weights
-    zero.deepspeed_config |= dict(gradient_clipping=clip, bf16=off, fp16=off, zero_force_ds_cpu_optimizer=False)
-    for rows in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        zero.deepspeed_config[rows] = 1  # it counts no rows here
+    zero.deepspeed_config |= dict(
+        gradient_clipping=clip,
+        bf16=off,
+        fp16=off,
+        zero_force_ds_cpu_optimizer=False,
+        train_micro_batch_size_per_gpu=1,  # it counts no rows here
+        gradient_accumulation_steps=1,
+    )
     return ZeroBackend(accel)
 
 
@@ -4485,7 +4479,7 @@ class AcceleratedBackend(Backend):
     each_writes = False  # True = a checkpoint is a file a process
 
     def __init__(self, accel):
-        self.accel: Any = accel
+        self.accel = accel
         self.rank, self.world = accel.process_index, accel.num_processes
 
     def prepare(self, model, make_optimizer):
@@ -4573,7 +4567,6 @@ class FullyShardedBackend(AcceleratedBackend):
         folder, part = file.parent, file.parent.with_suffix(".part")
         pieces = self.pieces(trainer)
         for i, w in enumerate(trainer.best[2] if trainer.best else ()):
-            pieces[f"best.{i}"] = torch.empty_like(trainer.params[i].detach())
             own_piece(pieces[f"best.{i}"]).copy_(w)
         state |= dict(
             best=trainer.best and trainer.best[:2],
@@ -4597,25 +4590,29 @@ class FullyShardedBackend(AcceleratedBackend):
     def restore(self, trainer, file, state):
         import torch.distributed.checkpoint as dcp
 
-        params, best = trainer.params, []
         for i in state["updated"]:
-            moments = {key: torch.empty_like(params[i].detach()) for key in ("exp_avg", "exp_avg_sq")}
-            trainer.optimizer.state[params[i]] = dict(step=torch.zeros((), device=params[i].device), **moments)
-        if state["best"]:
-            best = [torch.empty_like(p.detach()) for p in params]
+            p = trainer.params[i].detach()
+            moments = {key: torch.empty_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            trainer.optimizer.state[trainer.params[i]] = dict(step=torch.zeros((), device=p.device), **moments)
 
-        pieces = self.pieces(trainer) | {f"best.{i}": w for i, w in enumerate(best)}
+        pieces = self.pieces(trainer)
         dcp.load(pieces, checkpoint_id=file.parent)  # into these tensors
-        if best:
-            trainer.best = (*state["best"], [own_piece(w).cpu() for w in best])
+        if trainer.best:
+            best = [own_piece(w).cpu() for name, w in pieces.items() if name.startswith("best.")]
+            trainer.best = (*trainer.best, best)
 
     def pieces(self, trainer):
-        """Weights and optimizer state by name, as tensors that know of which whole they are a piece."""
+        """Weights and optimizer state by name, as tensors that know of which whole they are a piece.
+
+        The tensors for the best weights, if there are some, are still to be filled.
+        """
         named = {}
         for i, p in enumerate(trainer.params):
             named[f"weight.{i}"] = p.detach()
             for key, value in trainer.optimizer.state.get(p, {}).items():
                 named[f"{key}.{i}"] = value
+            if trainer.best:
+                named[f"best.{i}"] = torch.empty_like(p.detach())
         return named
 
 
@@ -4709,7 +4706,7 @@ def check_state(trainer, folder):
     weights = trainer.backend.weights(trainer.params)
     size = sum(4 * w.nbytes for w in weights)  # with AdamW's two, and the best
     free = shutil.disk_usage(folder).free
-    finite = all(bool(torch.isfinite(w).all()) for w in weights)
+    finite = all(torch.isfinite(w).all() for w in weights)
 
     states = trainer.backend.gather([(finite, free >= size)])
     if not all(finite for finite, _ in states):  # never overwrite a good checkpoint with a broken one
@@ -4732,22 +4729,21 @@ def whole_checkpoint(trainer, screen):
     from accelerate.utils import broadcast_object_list
 
     folder, name = trainer.out / "trainer", trainer.stage.name
-    saved = list(read_json(folder / "manifest.json").get(name, {}).items()) if trainer.rank == 0 else []
-    some = bool(saved)
-    while saved:
-        step, files = saved[-1]
+    saved = read_json(folder / "manifest.json").get(name, {}) if trainer.rank == 0 else {}
+    whole = None
+    for step, files in reversed(saved.items()):
         bad = [file for file, digest in files.items() if not is_whole(folder / file, digest)]
         if not bad:
+            whole = step, files
             break
         screen.say(f"  warning: {folder / bad[0]} is damaged: the checkpoint before step {step} is taken")
-        saved.pop()
 
-    some, saved = broadcast_object_list([some, saved])  # all processes take the same
-    if some and not saved:
-        raise UserError(f"no checkpoint of {name} in {folder} is whole: run without --resume or --auto_resume")
+    saved, whole = broadcast_object_list([saved, whole])  # all processes take the same
     if not saved:
         return None
-    step, files = saved[-1]
+    if not whole:
+        raise UserError(f"no checkpoint of {name} in {folder} is whole: run without --resume or --auto_resume")
+    step, files = whole
     own = trainer.backend.file_of(f"{name}-{step}")
     if own not in files:
         raise UserError(f"{folder / min(files)} is of another number of processes or sharding: launch as before")
@@ -4771,7 +4767,7 @@ def load_trainer(trainer, screen):
             for name in SAVED:
                 setattr(trainer, name, state[name])
             trainer.backend.restore(trainer, file, state)
-            load_rollouts(trainer, state["batch"], bool(changed), screen)
+            load_rollouts(trainer, state["batch"], changed, screen)
 
     log = trainer.out / "metrics.jsonl"  # later updates are made again
     kept = [row for row in read_log(log) if row["stage"] != stage.name or row["step"] <= stage.step]
@@ -4854,7 +4850,7 @@ def export_model(model, tokenizer, out: Path, state: dict | None = None, form: s
         if form == "llada":
             write_json(saved / "config.json", llada_config(model, tokenizer))
         for file in sorted(p for p in saved.iterdir() if p.is_file() and p.name != "README.md"):
-            write_whole(out / file.name, lambda part, file=file: shutil.move(file, part))
+            write_whole(out / file.name, functools.partial(shutil.move, file))
 
     if state:
         files = {path.name: checksum(path) for path in out.glob("*.safetensors")}
@@ -4869,7 +4865,9 @@ def save_adapter(model, folder):
         return folder
 
     weights = [1.0] * len(names)
-    model.add_weighted_adapter(names, weights, "joined", combination_type="cat")  # of the ranks' sum: exact
+    with torch.random.fork_rng(devices=[]):  # peft draws what only one of the adapters would fill, times zeros
+        torch.manual_seed(0)
+        model.add_weighted_adapter(names, weights, "joined", combination_type="cat")  # of the ranks' sum: exact
     model.save_pretrained(folder, selected_adapters=["joined"], save_embedding_layers=False)
     model.delete_adapter("joined")
     activate_adapters(model)
@@ -5071,7 +5069,7 @@ def streamed(
     tokenizer,
     plen,
     block_length,
-    stop="",
+    stop,
 ):
     """Pass on the frames of one prompt, and show them by a streamer.
 
@@ -5160,7 +5158,7 @@ def render(frame, plen, tokenizer, block_length):
     begun = slice(plen, plen + (frame.block + 1) * block_length)
     ids, new, edited = (values[0, begun].tolist() for values in (frame.ids, frame.new, frame.edited))
     mask, eos = tokenizer.mask_token_id, tokenizer.eos_token_id
-    special = {*tokenizer.all_special_ids}
+    special = tokenizer.all_special_ids
     end = ids.index(eos) if eos in ids else len(ids)
     if mask in ids[:end]:
         end = len(ids)
@@ -5187,7 +5185,7 @@ class Slider(NamedTuple):
     """A setting that can be changed in a chat, by a slash command in the terminal and by a widget in the browser."""
 
     setting: str
-    read: Callable[[str], Any]  # the value of what is typed, or a ValueError or KeyError
+    read: Callable  # the text that is typed -> its value, or a ValueError or KeyError
     takes: str  # what is to be typed
     label: str  # of the widget
     span: tuple = ()  # of a number in the browser: least, most (or the value that is set) and step
@@ -5252,7 +5250,7 @@ def show_reply(steps, plen, tokenizer, cfg, screen):
     text, note, began = "", "", time.monotonic()
     blocks = cfg.reply_length() // cfg.block_length
     console = Console(highlight=False)
-    live: Any = Live(console=console, refresh_per_second=20) if screen.live else contextlib.nullcontext()
+    live = Live(console=console, refresh_per_second=20) if screen.live else contextlib.nullcontext()
 
     with live:
         with contextlib.suppress(KeyboardInterrupt):
@@ -5268,9 +5266,8 @@ def show_reply(steps, plen, tokenizer, cfg, screen):
                 live.update(Group(seen, Text(note, "dim")))
         if screen.live:
             live.update(Group(Text(text), Text(note, "dim")))
-
-    if not screen.live:
-        screen.say(text)
+        else:
+            screen.say(text)
     return text
 
 
@@ -5310,10 +5307,11 @@ def chat(cfg, screen):
                     prompt, cut = chat_prompt(tokenizer, cfg, asked, context)
                     if cut and not told:
                         screen.say(f"the chat is over the model's {context} tokens: its oldest part is forgotten")
+                        told = True
 
                     steps = replies(model, tokenizer, [prompt], cfg, keyed_generator(cfg.seed, "chat", turn))
                     text = show_reply(steps, len(prompt), tokenizer, cfg, screen)
-                    history, told = [*asked, {"role": "assistant", "content": text}], told or cut
+                    history = [*asked, {"role": "assistant", "content": text}]
             except UserError as e:
                 screen.say(str(e))
     screen.say("")
@@ -5325,8 +5323,9 @@ def web_reply(model, tokenizer, cfg, say, message, history, *values):
 
     say(text) tells what is wrong, and that the model does not see all of the chat.
     """
-    names = [slider.setting for slider in SLIDERS.values()]
-    changes = {name: type(getattr(cfg, name))(value) for name, value in zip(names, values, strict=True)}
+    changes = {}
+    for slider, value in zip(SLIDERS.values(), values, strict=True):
+        changes[slider.setting] = type(getattr(cfg, slider.setting))(value)
     asked = []
     for said in [*history, {"role": "user", "content": message}]:
         content = said["content"]
@@ -5359,7 +5358,7 @@ def widget(slider, cfg):
         least, most, step = slider.span
         return gradio.Slider(least, max(most, value), value, step=step, label=slider.label)
     if slider.choices:
-        return gradio.Dropdown(list(slider.choices), value=value, label=slider.label)
+        return gradio.Dropdown(slider.choices, value=value, label=slider.label)
     make = gradio.Checkbox if isinstance(value, bool) else gradio.Textbox
     return make(value, label=slider.label)
 
@@ -5460,11 +5459,11 @@ def text_diffusion_pipeline():
 
         def __call__(self, inputs, batch_size=None, **options):
             inputs = inputs if isinstance(inputs, str) else list(inputs)
-            one = isinstance(inputs, str) or (bool(inputs) and isinstance(inputs[0], dict))
-            chats: Any = [inputs] if one else inputs
+            one = isinstance(inputs, str) or (inputs and isinstance(inputs[0], dict))
+            chats = [inputs] if one else inputs
 
-            made: Any = []
-            size = batch_size or self._batch_size or max(len(chats), 1)
+            made = []
+            size = batch_size or self._batch_size or len(chats) or 1
             for first in range(0, len(chats), size):  # as a dict: transformers would take a list apart
                 made += super().__call__({"chats": chats[first : first + size], "first": first}, **options)
             return made[0] if one else made
@@ -5479,7 +5478,7 @@ def text_diffusion_pipeline():
         def postprocess(self, outputs):
             return [[{"generated_text": text}] for text in outputs["texts"]]
 
-    classes: Any = transformers.AutoModelForMaskedLM, transformers.AutoModelForCausalLM
+    classes = transformers.AutoModelForMaskedLM, transformers.AutoModelForCausalLM
     PIPELINE_REGISTRY.register_pipeline("text-diffusion", TextDiffusionPipeline, classes)
     return TextDiffusionPipeline
 

@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import types
 from pathlib import Path
@@ -383,6 +384,21 @@ def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     assert run("--task", "sudoku", out=out) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def unevaluated(tmp_path_factory):
+    """The folder of one small `--task sudoku --skip_eval` from nothing."""
+    out = tmp_path_factory.mktemp("runs")
+    assert run("--task", "sudoku", "--skip_eval", out=out) == 0
+    return out
+
+
+@pytest.fixture
+def finished(unevaluated, tmp_path):
+    """A copy of that folder, to go on with."""
+    shutil.copytree(unevaluated / "sudoku", tmp_path / "sudoku")
+    return tmp_path
 
 
 SHORT = words(dict(  # for models with letters as tokens

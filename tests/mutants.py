@@ -158,7 +158,7 @@ MUTANTS = [
     ("micro-batches add up", "09", "share = 1 / len(self.rollouts)", "share = 1"),
     ("rollouts are never drawn anew", "09 20_checkpoints", "if first == 0 or not self.rollouts:",
      "if not self.rollouts:"),
-    ("dropout in the update", "09", "without_dropout(trainer.net)", "trainer.net.train()"),
+    ("dropout in the update", "09 18_caches", "without_dropout(trainer.net)", "trainer.net.train()"),
     ("entropy's sign", "09", "nll = -(logp", "nll = (logp"),
     ("deviation over groups", "09", "rollout.rewards.view(-1, self.cfg.group).std(1).mean()",
      "rollout.rewards.std()"),

@@ -159,6 +159,7 @@ def test_diffu_grpo_is_the_same_under_gradient_checkpointing_and_without_dropout
         losses.append(row["loss"])
         grads.append([p.grad.clone() for p in trainer.params])
         assert row["ratio_max"] == 1.0 and sum(recomputed) == 1 + checkpointing
+        assert row["kl"] == pytest.approx(0, abs=1e-9)  # the reference has no dropout
     assert losses[0] == losses[1] and all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads, strict=True))
 
 

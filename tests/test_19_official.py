@@ -68,6 +68,16 @@ def test_official_countdown_takes_powers_and_does_not_hang():
     assert not d1.grade_generation("count", row, "official").correct
 
 
+def test_official_sudoku_looks_at_the_empty_cells_alone():
+    solution = "3142243142131324"
+    row = {"question": "Solve: 0142243142131320", "ground_truth": solution}
+    for digits, official, strict in ((solution, True, True), ("3242" + solution[4:], True, False),
+                                     ("1" + solution[1:], False, False)):  # a given cell is changed; an empty one
+        reply = row | {"generations": f"<answer>\n{digits}\n</answer>"}
+        assert d1.grade_generation("sudoku", reply, "official").correct is official
+        assert d1.grade_generation("sudoku", reply).correct is strict
+
+
 @pytest.mark.parametrize("a,b,same", [
     ("50\\%", "50", True), ("50%", "50", False), ("\\frac12", "\\frac{1}{2}", True), ("\\sqrt3", "\\sqrt{3}", True),
     ("\\sqrt\\sqrt3", "\\sqrt{\\}sqrt3", False), ("x=5", "5", True), ("1/2", "\\frac{1}{2}", True), (".5", "0.5", True),
@@ -90,7 +100,7 @@ def test_official_protocol_asks_an_expert_and_begins_the_reply(tiny, quick):
 
 @pytest.mark.parametrize("preset", ["auto", "official"])
 def test_official_preset_alone_shares_no_prompt_masks_in_a_group(preset, tiny, quick, tmp_path):
-    trainer = grpo(quick(mu=3, bs_rl=4, pmask=0.5, preset=preset, beta=0.0), tiny, tmp_path)
+    trainer = grpo(quick(mu=3, bs_rl=4, pmask=0.5, preset=preset, beta=0.0, gen_length=32), tiny, tmp_path)
     masks = trainer.stage.roll_out(0, trainer).prompt_masks
     shared = [torch.equal(masks[:, i], masks[:, i + 1]) for i in (0, 2)]
     assert shared == [preset == "auto"] * 2

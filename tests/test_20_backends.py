@@ -140,8 +140,8 @@ def launched(tmp_path_factory):
         out = goes_on or tmp_path_factory.mktemp(f"{kind}{n}")
         (out / "run.py").write_text(LAUNCHED)
         settings = dict(task="sudoku", steps_sft=6, bs_sft=8, rows_sft=2, n_traces=40, steps_rl=4, mu=2, group=2,
-                        limit=4, eval_lengths="32", save_steps=2, warmup_sft=2, bs_rl=4, grad_accum=2 if goes_on else 4 // n,
-                        logits_gib=5e-5,  # in pieces
+                        limit=4, eval_lengths="32", save_steps=2, warmup_sft=2, bs_rl=4,
+                        grad_accum=2 if goes_on else 4 // n, logits_gib=5e-5,  # in pieces
                         output_dir=str(out))
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n),

@@ -71,14 +71,13 @@ def test_run_resumes_and_a_second_run_moves_the_first_aside(tmp_path, capsys):
     assert (tmp_path / "math500.old1" / "model.safetensors").exists()
 
 
-def test_run_with_resume_is_the_run_that_stopped(tmp_path, capsys):
-    assert run("--task", "sudoku", "--skip_eval", out=tmp_path) == 0
+def test_run_with_resume_is_the_run_that_stopped(finished, capsys):
     capsys.readouterr()
-    kept = (tmp_path / "sudoku" / "model.safetensors").read_bytes()
-    assert run("--task", "sudoku", "--skip_eval", "--resume", "--seed", 9, "--lr_rl", 0.01, out=tmp_path) == 2
+    kept = (finished / "sudoku" / "model.safetensors").read_bytes()
+    assert run("--task", "sudoku", "--skip_eval", "--resume", "--seed", 9, "--lr_rl", 0.01, out=finished) == 2
     error = capsys.readouterr().err
     assert "--seed=0" in error and "--lr_rl=0.0002" in error and error.count("\n") == 1
-    assert (tmp_path / "sudoku" / "model.safetensors").read_bytes() == kept
+    assert (finished / "sudoku" / "model.safetensors").read_bytes() == kept
 
 
 def test_run_with_a_mistake_moves_no_earlier_run_aside(trained, tmp_path, capsys):
@@ -91,14 +90,13 @@ def test_run_with_a_mistake_moves_no_earlier_run_aside(trained, tmp_path, capsys
     assert (tmp_path / "sudoku" / "model.safetensors").exists() and not list(tmp_path.glob("*.old*"))
 
 
-def test_run_killed_before_the_first_checkpoint_leaves_no_step_twice(tmp_path):
-    assert run("--task", "sudoku", "--skip_eval", out=tmp_path) == 0
-    folder = tmp_path / "sudoku"
+def test_run_killed_before_the_first_checkpoint_leaves_no_step_twice(finished):
+    folder = finished / "sudoku"
     manifest = json.loads((folder / "trainer" / "manifest.json").read_text())
     (folder / "trainer" / "manifest.json").write_text(json.dumps({"sft": manifest["sft"]}))
     with (folder / "metrics.jsonl").open("a") as f:
         f.write('{"stage": "diffu_g')  # cut short
-    assert run("--task", "sudoku", "--skip_eval", "--resume", out=tmp_path) == 0
+    assert run("--task", "sudoku", "--skip_eval", "--resume", out=finished) == 0
     rows = logged(folder)
     assert [r["step"] for r in rows if r["stage"] == "diffu_grpo" and "loss" in r] == [1, 2, 3, 4]
 
