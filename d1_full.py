@@ -41,7 +41,7 @@ Equations, each in the docstring of its function (python d1_full.py --explain eq
 Deviations: here · in the official code (dllm-reasoning/d1 at 837888f), which is what "official" means in this file.
 D1, D2, D7, D8 and D12 are the paper's way, D21 is the official one, the others are ours. Each tag stands at its line
 below. --preset official switches to theirs where a switch makes sense.
-    D1   loss: mean within a completion, then over completions (--norm) · one mean over all tokens
+    D1   loss: mean within a completion, then over completions (--norm) · one mean over the tokens of a micro-batch
     D2   mu different q' a prompt, shared by its group · one a completion; with accumulation half are used twice
     D3   private random streams, keyed by purpose and index · reseeds the global ones at every estimate
     D4   left padding is masked, so a prompt alone or in a batch has the same reply · attends to it
@@ -60,6 +60,7 @@ below. --preset official switches to theirs where a switch makes sense.
     D17  the mask token is never drawn · a predicted one stays in the reply
     D18  the best checkpoint is chosen on held-out training problems · on the test set
     D19  LoRA adapters stay fp32 · bf16
+    D20  reward and accuracy read a reply by one reader · by different parsers
     D21  SFT: the sum of a batch divided by all of its reply tokens, EOS padding included · the same; Algorithm 2
          divides each row by its own reply length
 """
@@ -72,6 +73,7 @@ from __future__ import annotations
 import argparse
 import array
 import ast
+import asyncio
 import collections
 import contextlib
 import copy
@@ -91,7 +93,6 @@ import operator
 import os
 import random
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -101,9 +102,8 @@ import tempfile
 import threading
 import time
 import traceback
-import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from fractions import Fraction
 from pathlib import Path
@@ -123,7 +123,7 @@ class UserError(Exception):
 class Stopped(RuntimeError):
     """A run that cannot go on or was asked to stop: one line and an exit status. What was saved is kept."""
 
-    def __init__(self, text: str, status: int = 1):
+    def __init__(self, text, status=1):
         super().__init__(text)
         self.status = status
 
@@ -133,7 +133,7 @@ class NonFiniteLoss(Stopped):
 
 
 @contextlib.contextmanager
-def refusing(what: str, error: type = UserError):
+def refusing(what, error=UserError):
     """Turn a library's complaint about a file into an error of ours, which says `what` and then the library's words."""
     try:
         yield
@@ -144,7 +144,7 @@ def refusing(what: str, error: type = UserError):
         raise error(f"{what}: {words} ({type(e).__name__})") from e
 
 
-def keyed_generator(*key) -> Generator:
+def keyed_generator(*key):
     """A random stream for one purpose, from its key alone: nothing has to be saved, and no draw disturbs another.
 
     [D3] official reseeds the global generators at every estimate, with one of 4096 values
@@ -154,25 +154,43 @@ def keyed_generator(*key) -> Generator:
     return Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def processes() -> Any:
+def visits(seed, name, first, count, n):
+    """`count` indices, from number `first` on, of an endless sequence of epochs, each a new shuffle of n items."""
+    span = range(first, first + count)
+    orders = {}
+    for epoch in {i // n for i in span}:
+        generator = keyed_generator(seed, name, epoch)
+        orders[epoch] = torch.randperm(n, generator=generator).tolist()
+    return [orders[i // n][i % n] for i in span]
+
+
+@contextlib.contextmanager
+def seeded_dropout(device, *key):
+    """Context in which dropout, which can only draw from torch's global streams, draws from the key's [D3]."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(keyed_generator(*key).initial_seed())
+        yield
+
+
+def processes():
     """What accelerate knows of this run: .device, .num_processes, .process_index, .is_main_process."""
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def precision(device: torch.device):
+def precision(device):
     """Context of bf16 arithmetic on a GPU, whatever the weights are stored in. The losses are fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def read_json(path: Path) -> dict:
+def read_json(path):
     """The content of a JSON file, {} if there is no such file."""
     with refusing(f"cannot read {path}"):
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
-def read_log(path: Path) -> list:
+def read_log(path):
     """The rows of a JSONL log without a line that a kill has cut short; none if there is no file."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -181,13 +199,13 @@ def read_log(path: Path) -> list:
     return rows
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path, content):
     """Write JSON whole or not at all."""
     text = json.dumps(content, indent=1, default=str) + "\n"
     write_whole(path, lambda part: part.write_text(text))
 
 
-def write_whole(path: Path, write: Callable[[Path], Any], everyone: bool = False) -> None:
+def write_whole(path, write, everyone=False):
     """Write aside, fsync, rename: after a kill the old file or the new one is there. One process writes, or all."""
     if not (everyone or processes().is_main_process):
         return
@@ -230,12 +248,12 @@ def forward_process(
     return torch.where(masked, mask_id, x0), masked
 
 
-def sample_t(n: int, generator: Generator, device=None, low: float = 1e-3, high: float = 1.0) -> Tensor:
+def sample_t(n, generator, device=None, low=1e-3, high=1.0):
     """Draw n noise levels t ~ U[low, high): (n,). The floor bounds the weight 1/t of the loss."""
     return draw_uniform((n,), generator, device) * (high - low) + low
 
 
-def draw_uniform(shape: Sequence[int], generator: Generator, device) -> Tensor:
+def draw_uniform(shape, generator, device):
     """Uniform numbers in [0, 1), drawn where the generator lives, so that a seed means the same on CPU and GPU."""
     return torch.rand(shape, generator=generator, device=generator.device).to(device)
 
@@ -244,11 +262,11 @@ def draw_uniform(shape: Sequence[int], generator: Generator, device) -> Tensor:
 @functools.singledispatch
 def logits_at(
     model,
-    ids: Tensor,  # (B, L) the noised text
-    where: Tensor,  # (B, L) True = selected, N positions in all
-    attention_mask: Tensor | None = None,  # (B, L) True = real token, False = padding; None = all are real
+    ids,  # (B, L) the noised text
+    where,  # (B, L) True = selected, N positions in all
+    attention_mask=None,  # (B, L) True = real token, False = padding; None = all are real
     **inputs,  # whatever else this model takes, such as position ids
-) -> Tensor:
+):
     """Logits of p_θ(x_0^k | x_t) at the positions `where` alone, row by row: (B, L) -> (N, V).
 
     The function dispatches on the type of the model: a kind of model that can leave out the other positions
@@ -261,7 +279,12 @@ def logits_at(
 Metrics = dict[str, Tensor]  # figures to log, by name
 
 
-def cross_entropies(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def over(count, figures):
+    """Figures that are means over so many tokens, with that number, so that those of several micro-batches add up."""
+    return {name: (value, count) for name, value in figures.items()}
+
+
+def cross_entropies(logits, target):
     """-log p of each target, and True where it is the likeliest token: (N, V), (N,) -> (N,) float32, (N,) bool."""
     ce = F.cross_entropy(logits.float(), target, reduction="none")
     return ce, logits.argmax(-1) == target
@@ -270,19 +293,18 @@ def cross_entropies(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 @functools.singledispatch
 def token_losses(
     model,
-    xt: Tensor,  # (B, L) the noised text
-    where: Tensor,  # (B, L) True = selected, N positions in all
-    target: Tensor,  # (N,) the clean tokens at these positions
-) -> tuple[Tensor, Tensor]:
+    xt,  # (B, L) the noised text
+    where,  # (B, L) True = selected, N positions in all
+    target,  # (N,) the clean tokens at these positions
+):
     """`cross_entropies` of the tokens at `where`, given the noised text: (N,) float32, (N,) bool.
 
-    The function dispatches on the type of the model, as `logits_at` does: a model whose logits are too many to be held
-    at once registers a body that makes them in pieces.
+    It dispatches on the type of the model: one with too many logits to be held at once makes them in pieces.
     """
     return cross_entropies(logits_at(model, xt, where), target)
 
 
-def nelbo_weight(masked: Tensor, t: Tensor) -> Tensor:
+def nelbo_weight(masked, t):
     """The weight of each token in Eq. (1): 1/t where x_t is [MASK], else 0. masked (B, L), t (B,) -> (B, L)."""
     return torch.where(masked, (1 / t)[:, None], 0.0)  # 1/t is -α'_t / (1 - α_t)
 
@@ -306,16 +328,13 @@ def nelbo(
 
 
 def masked_figures(
-    ce: Tensor,  # (N,)
-    right: Tensor,  # (N,) True = the target is the likeliest token
-    masked: Tensor,  # (N,) True = the token was masked; the figures leave out the others
-) -> Metrics:
+    ce,  # (N,)
+    right,  # (N,) True = the target is the likeliest token
+    masked,  # (N,) True = the token was masked; the figures leave out the others
+):
     """What is logged of masked tokens: "ce", mean cross-entropy in nats, and "accuracy", the share of right ones."""
     n = masked.sum().clamp(min=1)
-    return {
-        "ce": (ce.detach() * masked).sum() / n,
-        "accuracy": (right & masked).sum() / n,
-    }
+    return {"ce": (ce.detach() * masked).sum() / n, "accuracy": (right & masked).sum() / n}
 
 
 def masked_nelbo(
@@ -356,7 +375,7 @@ class MaskedSFT:
                  L(θ) by Eq. (1), Σ_k over the reply [D21]                line 4
                  θ ← θ - η ∇L(θ)                                          line 5
 
-    rows: (ids, prompt_len) pairs, of which 1 % is held out. They are padded with EOS, which is trained, as in LLaDA.
+    rows: (ids, prompt_len) pairs, padded with EOS, which is trained, as in LLaDA; 1 % is held out, if none is given.
     cfg: the settings: seed, lr_sft, wd_sft, clip_sft, steps_sft, bs_sft (rows of an update), rows_sft (rows of a
     micro-batch), sft_length, t_low, t_high, warmup_sft, schedule, and those of `Trainer`, which trains a stage.
     Trainer.run calls next(updates) and then adds 1 to `step`. Its descend(loss_of, parts) calls loss_of(net, part) for
@@ -367,17 +386,19 @@ class MaskedSFT:
 
     name = "sft"
 
-    def __init__(self, model, rows, cfg, *, mask_id, eos_id):
+    def __init__(self, model, rows, cfg, *, mask_id, eos_id, heldout=None):
         self.model, self.cfg = model, cfg
         self.mask_id, self.eos_id = mask_id, eos_id
         self.lr, self.wd, self.grad_clip = cfg.lr_sft, cfg.wd_sft, cfg.clip_sft
         self.step, self.total = 0, cfg.steps_sft  # updates so far, those left out included, and in all
         self.check_first = False  # no held-out check before the first update
 
-        order = visits(cfg.seed, "sft_heldout", 0, len(rows), len(rows))
-        n_heldout = max(1, len(rows) // 100)
-        self.heldout = [rows[i] for i in order[:n_heldout]]
-        self.rows = [rows[i] for i in order[n_heldout:]] or self.heldout
+        if heldout is None:
+            order = visits(cfg.seed, "sft_heldout", 0, len(rows), len(rows))
+            n_heldout = max(1, len(rows) // 100)
+            heldout = [rows[i] for i in order[:n_heldout]]
+            rows = [rows[i] for i in order[n_heldout:]]
+        self.heldout, self.rows = heldout, rows or heldout
 
     def updates(self, trainer):
         """Algorithm 2: an iterator that makes one update at a time and yields its figures, without an end."""
@@ -413,7 +434,7 @@ class MaskedSFT:
             # `nelbo` is a mean over the reply tokens of this part, which are a share of those of the batch
             share = (~noised.is_prompt[part]).sum() / n_reply
             value = nelbo(ce, weight[where], is_prompt) * (share.item() * world)  # line 4: Eq. (1)
-            return value, masked_figures(ce, right, masked[where])
+            return value, over(masked.sum(), masked_figures(ce, right, masked[where]))
 
         return loss_of
 
@@ -469,24 +490,6 @@ class MaskedSFT:
         return f"SFT rows {self.row_indices()}"
 
 
-def visits(seed, name, first, count, n):
-    """`count` indices, from number `first` on, of an endless sequence of epochs, each a new shuffle of n items."""
-    span = range(first, first + count)
-    orders = {}
-    for epoch in {i // n for i in span}:
-        generator = keyed_generator(seed, name, epoch)
-        orders[epoch] = torch.randperm(n, generator=generator).tolist()
-    return [orders[i // n][i % n] for i in span]
-
-
-@contextlib.contextmanager
-def seeded_dropout(device: torch.device, *key):
-    """Context in which dropout, which can only draw from torch's global streams, draws from the key's [D3]."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(keyed_generator(*key).initial_seed())
-        yield
-
-
 # %% 6. One-step estimator — Sec. 3.1
 def one_step_logp(
     model,
@@ -526,13 +529,13 @@ def one_step_logp(
 
 def completion_logits(
     model,
-    canvas: Tensor,  # (B, P+C)
-    attention_mask: Tensor | None,  # (B, P+C) True = real token
-    completion_mask: Tensor,  # (B, C) True = asked for
+    canvas,  # (B, P+C)
+    attention_mask,  # (B, P+C) True = real token
+    completion_mask,  # (B, C) True = asked for
     *,
-    mask_id: int,
-    cfg_scale: float,
-) -> tuple[Tensor, Tensor]:
+    mask_id,
+    cfg_scale,
+):
     """Logits of p_θ(. | canvas) for the tokens of completions, (N, V), and which of the N a token has, (B, C).
 
     The number of a token that is not asked for has no meaning. Rows with the same canvas, such as the completions of a
@@ -557,14 +560,14 @@ def completion_logits(
 
 def guided_logits(
     model,
-    ids: Tensor,  # (B, L) the noised text
-    where: Tensor,  # (B, L) True = selected, N positions in all
-    attention_mask: Tensor | None,  # (B, L) True = real token
+    ids,  # (B, L) the noised text
+    where,  # (B, L) True = selected, N positions in all
+    attention_mask,  # (B, L) True = real token
     *,
-    prompt_length: int,  # the first tokens of a row, which the unconditional pass does not see
-    mask_id: int,
-    cfg_scale: float,
-) -> Tensor:
+    prompt_length,  # the first tokens of a row, which the unconditional pass does not see
+    mask_id,
+    cfg_scale,
+):
     """`logits_at` with classifier-free guidance, as LLaDA's decoder has it. It is the plain call if cfg_scale is 0.
 
         l = l_uncond + (cfg_scale + 1) (l_cond - l_uncond)
@@ -583,13 +586,13 @@ def guided_logits(
     return unconditional + (cfg_scale + 1) * (conditional - unconditional)
 
 
-def extend_mask(attention_mask: Tensor, length: int) -> Tensor:
+def extend_mask(attention_mask, length):
     """An attention mask of the prompt, made as long as prompt and completion: (B, P) or longer -> (B, length)."""
     missing = length - attention_mask.shape[1]
     return F.pad(attention_mask.bool(), (0, missing), value=True)  # every token of a completion is real
 
 
-def draw_prompt_mask(attention_mask: Tensor, pmask: float, generator: Generator) -> Tensor:
+def draw_prompt_mask(attention_mask, pmask, generator):
     """Draw which prompt tokens q' hides: each real one with probability p_mask. (..., P) -> (..., P)."""
     u = draw_uniform(attention_mask.shape, generator, attention_mask.device)  # (..., P)
     return (u < pmask) & attention_mask
@@ -601,13 +604,14 @@ def group_advantages(rewards: Tensor, group: int) -> Tensor:
 
         A_i = r_i - mean(r_1, ..., r_G)               (no division by the standard deviation)
 
-    rewards (B,), the G completions of a prompt adjacent. Returns (B,) float32, in the unit of the rewards.
-    ValueError if B is no multiple of G.
+    rewards (B,), the G completions of a prompt adjacent. Returns (B,) float32, in the unit of the rewards, exactly 0 in
+    a group whose rewards are equal. ValueError if B is no multiple of G.
     """
     if len(rewards) % group:
         raise ValueError(f"{len(rewards)} rewards cannot be split into groups of {group}")
-    r = rewards.float().view(-1, group)  # (B/G, G)
-    return (r - r.mean(1, keepdim=True)).flatten()
+    r = rewards.double().view(-1, group)  # (B/G, G)
+    above = r - r[:, :1]  # the first reward, as any constant, drops out of A; equal rewards then leave no rounding
+    return (above - above.mean(1, keepdim=True)).flatten().float()
 
 
 def live_tokens(completion: Tensor, eos_id: int) -> Tensor:
@@ -616,12 +620,20 @@ def live_tokens(completion: Tensor, eos_id: int) -> Tensor:
     return is_eos.cumsum(1) - is_eos == 0
 
 
+MAX_LOG_RATIO = 30.0  # exp of more than 88 is infinite, and infinity times a gradient of 0 is NaN
+
+
+def ratio(logp, other):
+    """exp(logp - other) of each token, (B, C), which no longer grows from e^30 on."""
+    return (logp - other).clamp(max=MAX_LOG_RATIO).exp()
+
+
 def token_objective(
-    logp: Tensor,  # (B, C) in nats
-    logp_old: Tensor | None,  # (B, C); None = logp itself, so that ρ is 1, with gradient
-    advantages: Tensor,  # (B,)
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+    logp,  # (B, C) in nats
+    logp_old,  # (B, C); None = logp itself, so that ρ is 1, with gradient
+    advantages,  # (B,)
+    eps,
+):
     """The clipped surrogate of one token, which GRPO averages (its KL term: `diffu_grpo_loss`).   d1 Eq. (3), Sec. 2
 
         min( ρ A, clip(ρ, 1-ε, 1+ε) A ),     ρ = π_θ(o^k) / π_old(o^k)
@@ -630,7 +642,7 @@ def token_objective(
     where it is clipped (B, C).
     """
     old = logp.detach() if logp_old is None else logp_old
-    rho = (logp - old).exp()  # (B, C)
+    rho = ratio(logp, old)  # (B, C)
 
     unclipped = rho * advantages[:, None]  # (B, C)
     clipped = rho.clamp(1 - eps, 1 + eps) * advantages[:, None]  # (B, C)
@@ -663,10 +675,11 @@ def diffu_grpo_loss(
     kl = torch.zeros_like(logp)  # (B, C)
     if logp_ref is not None and beta != 0:
         d = logp_ref - logp  # (B, C)
-        kl = d.exp() - d - 1
+        kl = ratio(logp_ref, logp) - d - 1
     token_loss = beta * kl - surrogate  # (B, C)
 
-    # [D1] official: one mean over all live tokens (diffu_grpo_trainer.py:121): long replies weigh more. here: `norm`.
+    # [D1] official: one mean over the live tokens of a micro-batch (diffu_grpo_trainer.py:121), so that long replies
+    #      weigh more. here: `norm`, and what is a mean over tokens is one over all those of an update.
     n_live = completion_mask.sum().clamp(min=1)
     if norm == "sequence":
         lengths = completion_mask.sum(1).clamp(min=1)  # (B,)  |o_i|
@@ -677,7 +690,7 @@ def diffu_grpo_loss(
         raise ValueError(f"norm must be 'sequence' or 'token', not {norm!r}")
 
     with torch.no_grad():
-        rho = torch.ones_like(logp) if logp_old is None else (logp - logp_old).exp()
+        rho = torch.ones_like(logp) if logp_old is None else ratio(logp, logp_old)
         metrics = {
             "kl": (kl * completion_mask).sum() / n_live,
             "clip_frac": (clipped & completion_mask).sum() / n_live,
@@ -796,10 +809,7 @@ class BlockDecoder:
         return [slice(first, first + size) for first in range(self.prompt_length, self.length, size)]
 
     def goes_on(self, masked, active, step):
-        """Whether the block needs another step: as long as anything of it is masked. masked (B, K), active (B,).
-
-        A subclass may also ask which rows are active and which step it is.
-        """
+        """Whether the block needs another step: as long as anything of it is masked. masked (B, K), active (B,)."""
         return bool(masked.any())
 
     def read(self, x, masked, block):
@@ -893,12 +903,12 @@ class BlockDecoder:
             raise ValueError("stop_at_eos and stop need eos_id")
 
 
-def diffuse_steps(model, prompt: Tensor, *, decoder=BlockDecoder, **options) -> Iterator[Frame]:
+def diffuse_steps(model, prompt, *, decoder=BlockDecoder, **options) -> Iterator[Frame]:
     """Denoise block by block: an iterator of one Frame a step. The options are the fields of the decoder."""
     return decoder(model, prompt, **options).frames()
 
 
-def diffuse_decode(model, prompt: Tensor, **options) -> Tensor:
+def diffuse_decode(model, prompt, **options):
     """Write a completion for each prompt: `diffuse_steps` to its end, with the same options. Returns ids (B, P+C)."""
     for frame in diffuse_steps(model, prompt, **options):
         ids = frame.ids
@@ -1022,7 +1032,7 @@ class DiffuGRPO:
         self.lr, self.wd, self.grad_clip = cfg.lr_rl, cfg.wd_rl, cfg.clip_rl
         self.step, self.total = 0, cfg.steps_rl  # updates so far, those left out included, and in all
         self.check_first = heldout is not None  # of the policy as it came: training must beat it
-        self.rollouts: list[Rollout] = []  # those in use
+        self.rollouts = []  # those in use
 
     def updates(self, trainer):
         """Algorithm 1: an iterator that makes one inner update at a time and yields its figures, without an end.
@@ -1034,21 +1044,30 @@ class DiffuGRPO:
             if first == 0 or not self.rollouts:  # or a resumed run could not use its saved ones
                 # line 3: π_old ← π_θ. Nothing is copied: what π_old says of the completions is computed and kept.
                 with trainer.backend.whole_weights(self.model):
-                    micros = self.micros(batch, trainer)
+                    micros = trainer.micro_numbers(batch, self.cfg.grad_accum)
                     # lines 4 to 6, and ahead of time 8, and 9 for π_old and π_ref
                     self.rollouts = [self.roll_out(micro, trainer) for micro in micros]
+            parts = list(zip(self.rollouts, self.shares(trainer), strict=True))
 
             for n in range(first, self.cfg.mu):  # line 7, which counts from 1
 
-                def loss_of(net, rollout, n=n):
+                def loss_of(net, part, n=n):
+                    rollout, share = part
                     logp = self.logp(net, rollout, rollout.prompt_masks[n])  # line 9: log φ_θ, given the q' of line 8
                     loss, metrics = self.objective(logp, rollout, n)  # line 10: Eq. (4)
-                    share = 1 / len(self.rollouts)  # micro-batches are averaged
-                    return loss * share, self.to_log(rollout, logp, loss, metrics)
+                    return loss * share, self.to_log(rollout, logp, metrics)
 
                 without_dropout(trainer.net)  # [D6] again, since a check or a rollout calls eval()
-                figures = trainer.descend(loss_of, self.rollouts)  # lines 9 and 10: θ ← θ + η ∇J
+                figures = trainer.descend(loss_of, parts)  # lines 9 and 10: θ ← θ + η ∇J
                 yield {**figures, "inner": n}  # Trainer.run adds 1 to self.step
+
+    def shares(self, trainer):
+        """How much the mean of each rollout in use is of the mean over the update: one number a rollout."""
+        if self.cfg.norm == "sequence":  # all have as many completions
+            return [1 / len(self.rollouts)] * len(self.rollouts)
+        n_live = [rollout.completion_mask.sum().item() for rollout in self.rollouts]
+        total = sum(trainer.backend.gather(n_live))
+        return [n / total * trainer.world for n in n_live]  # processes average their gradients
 
     @torch.no_grad()
     def roll_out(self, micro, trainer):
@@ -1130,18 +1149,17 @@ class DiffuGRPO:
         old, ref, mask = rollout.logp_old[n], rollout.logp_ref[n], rollout.completion_mask  # (B, C) each
         return diffu_grpo_loss(logp, old, ref, rollout.advantages, mask, **how)
 
-    def to_log(self, rollout, logp, loss, metrics):
-        """What is logged of a rollout in an inner update."""
-        nll = -(logp * rollout.completion_mask).sum() / rollout.completion_mask.sum()
-        return {
-            "loss": loss,
+    def to_log(self, rollout, logp, metrics):
+        """What is logged of a rollout in an inner update: means over completions, and over tokens."""
+        n_live = rollout.completion_mask.sum()
+        completions = {
             "reward": rollout.rewards.mean(),
             "length": rollout.completion_mask.sum(1).float().mean(),
-            **metrics,
-            "entropy": nll,  # the log's name for the mean -log φ of the tokens that π_old drew
             "reward_std": rollout.rewards.view(-1, self.cfg.group).std(1).mean(),  # within a group
             **rollout.figures,
         }
+        nll = -(logp.detach() * rollout.completion_mask).sum() / n_live  # of the tokens that π_old drew
+        return over(1, completions) | over(n_live, {**metrics, "entropy": nll})
 
     def check(self, trainer):
         """The score on held-out problems, if there is one."""
@@ -1153,10 +1171,6 @@ class DiffuGRPO:
     def rate(self):
         """Learning rate of the current update: constant."""
         return self.lr
-
-    def micros(self, batch, trainer):
-        """Numbers, in the whole run, of the micro-batches that this process draws for one batch of rollouts."""
-        return trainer.micro_numbers(batch, self.cfg.grad_accum)
 
     def problems(self, micro):
         """The problem of each row of a micro-batch: bs_rl / G problems, each G times."""
@@ -1171,7 +1185,8 @@ class DiffuGRPO:
     def batch_name(self, trainer):
         """What an error message calls the current batch."""
         batch, n = divmod(self.step, self.cfg.mu)
-        drawn = [self.problems(micro)[:: self.cfg.group] for micro in self.micros(batch, trainer)]
+        micros = trainer.micro_numbers(batch, self.cfg.grad_accum)
+        drawn = [self.problems(micro)[:: self.cfg.group] for micro in micros]
         return f"rollout batch {batch}, inner update {n}, problems {drawn}"
 
 
@@ -1190,7 +1205,7 @@ def without_dropout(model) -> None:
         module.training = bool(getattr(module, "gradient_checkpointing", False))
 
 
-def frozen_copy(model) -> Callable[[], contextlib.AbstractContextManager]:
+def frozen_copy(model):
     """A function that opens a context with the policy as it is now: a frozen copy of all its weights."""
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     return lambda: contextlib.nullcontext(frozen)
@@ -1206,7 +1221,7 @@ class Trainer:
     the settings: save_steps, patience, max_skips.
     """
 
-    def __init__(self, stage, backend: Backend | None = None, listener: Listener | None = None):
+    def __init__(self, stage, backend=None, listener=None):
         self.stage, self.model = stage, stage.model
         self.backend = backend or Backend()
         self.listener = listener or Listener()
@@ -1220,7 +1235,7 @@ class Trainer:
         self.device, self.rank, self.world = self.backend.device, self.backend.rank, self.backend.world
 
         self.owed = stage.check_first  # a held-out check that is due before the next update, as after a stop
-        self.best: Any = None  # (score, step, weights)
+        self.best = None  # (score, step, weights)
         self.score, self.stale = math.nan, 0  # the last score; checks in a row without a better one than the best
         self.skipped, self.left_out = 0, ""  # updates left out in a row, and what is said of the last one
         self.sound = True  # this process's losses of the current update are finite
@@ -1266,9 +1281,8 @@ class Trainer:
                 loss, figures = loss_of(self.net, part)
                 self.sound = self.sound and bool(torch.isfinite(loss))
                 self.backend.backward(loss)
-            # the losses of the parts add up, and `average` takes their mean; a stage may log a loss of its own
-            row = {"loss": loss.item() * len(parts), **figures}
-            rows.append({k: v.detach().item() if isinstance(v, Tensor) else v for k, v in row.items()})
+            row = over(1, {"loss": loss.detach() * len(parts)}) | figures  # parts add up, `average` takes their mean
+            rows.append({name: (float(value), float(count)) for name, (value, count) in row.items()})
 
         figures = self.average(rows)
         for group in self.optimizer.param_groups:
@@ -1278,12 +1292,15 @@ class Trainer:
         return {**figures, "grad_norm": norm}
 
     def average(self, rows):
-        """Figures over micro-batches and processes: the mean, or the largest of a "..._max"."""
+        """Figures of all micro-batches: the mean over their tokens, none if there are none; the largest "..._max"."""
         rows = self.backend.gather(rows)
         averages = {}
         for name in rows[0]:
-            values = [row[name] for row in rows]
-            averages[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+            values, counts = zip(*(row[name] for row in rows), strict=True)
+            if name.endswith("_max"):
+                averages[name] = max(values)
+            elif sum(counts):
+                averages[name] = sum(map(operator.mul, values, counts)) / sum(counts)
         return averages
 
     def share_of(self, size, at_once):
@@ -1345,7 +1362,6 @@ class Backend:
 
     rank, world = 0, 1  # this process, and how many there are
     can_skip = True  # an update whose gradient is not finite can be left out
-    device: torch.device
 
     def prepare(self, model, make_optimizer):
         """The network as it is trained, and make_optimizer(those of its parameters that are trained)."""
@@ -1362,11 +1378,13 @@ class Backend:
 
     def step(self, optimizer, params, clip):
         """Clip the gradient, step, clear. Returns its norm before clipping; if that is not finite, no step is made."""
-        norm = float(torch.nn.utils.clip_grad_norm_(params, clip or math.inf))
+        norm = float(self.clip_gradient(params, clip or math.inf))
         if math.isfinite(norm):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm
+
+    clip_gradient = staticmethod(torch.nn.utils.clip_grad_norm_)  # (params, most) -> the norm before
 
     def whole_weights(self, model):
         """Context in which `model` holds all weights, for passes that not all processes make alike."""
@@ -1409,7 +1427,7 @@ class Listener:
 # %% Part II. The experiments
 
 # %% 11. Settings — Sec. 4 and App. D
-RL_TASKS = ("gsm8k", "math500", "count", "sudoku", "custom")
+RL_TASKS = "gsm8k math500 count sudoku custom".split()
 TASK_CHOICES = ("pretrain", "sft_only", *RL_TASKS, "table1", "chat")
 CACHES = ("none", "prefix", "dual")  # what a cache keeps: see CachedDecoder
 EMBEDDED = ("tiny", "tiny-bert", "tiny-modernbert")  # random weights of LLaDA's, BERT's and ModernBERT's networks
@@ -1453,7 +1471,7 @@ TINY = {  # where the embedded model needs something else
 PRESETS = {"paper": {}, "official": OFFICIAL, "tiny": TINY}
 
 
-def opt(paper, help, source="ours", *, choices=(), low=0, high=None) -> Any:
+def opt(paper, help, source="ours", *, choices=(), low=0, high=None):
     """Declare a setting by the paper's value, a help text and where that value is from.
 
     paper: the value, or a dict of values by task, where "*" is every other task. low, high: bounds of a number.
@@ -1504,8 +1522,8 @@ class Settings:
     )
     reward: str = opt(
         "",
-        "The reward of --task custom: FILE.py:FUNCTION, which is called as TRL calls it, with prompts, completions and "
-        "**columns.",
+        "The reward of --task custom: FILE.py:FUNCTION, which is called as TRL calls it, with prompts, completions, "
+        "completion_ids and **columns.",
     )
     reward_errors: str = opt(
         "stop", "What follows when that function fails: stop, or pay the batch zero.", choices=("stop", "zero")
@@ -1513,6 +1531,12 @@ class Settings:
     skip_sft: bool = opt(False, "Go straight to stage 2.")
     skip_eval: bool = opt({"sft_only": True, "*": False}, "Train without an evaluation.")
     eval_only: bool = opt(False, "Evaluate --model on --task and stop.")
+    grade: str = opt(
+        "",
+        "Grade the replies in a generations file, of this script or of the official code, or in all such files of a "
+        "folder, strictly and as the official code does, and stop. No model is loaded. --task says which benchmark "
+        "they answer, if their names do not begin with it.",
+    )
     resume: bool = opt(False, "Continue the run in --output_dir from its last good checkpoint.")
     auto_resume: bool = opt(False, "Do as --resume where a checkpoint is there, and start anew where none is.")
     allow_changed: bool = opt(False, "Resume although other flags are given than those of the run that stopped.")
@@ -1625,7 +1649,8 @@ class Settings:
     beta: float = opt(0.04, "The weight of the KL to the policy at the start of stage 2.", "App. D")
     norm: str = opt(
         "sequence",
-        "The mean of the loss: within a completion first, or over all tokens. [D1]",
+        "The mean of the loss: the mean within a completion first, then over completions, or one mean over all live "
+        "tokens of an update. [D1]",
         "Eq. (4)",
         choices=("sequence", "token"),
     )
@@ -1680,7 +1705,7 @@ class Settings:
         3, "An update whose gradient is not finite is left out. The run stops at so many in a row.", low=1
     )
 
-    def __init__(self, **given: Any):
+    def __init__(self, **given):
         unknown = given.keys() - self.__dataclass_fields__
         if unknown:
             raise TypeError(f"there is no setting {', '.join(sorted(unknown))}")
@@ -1699,58 +1724,58 @@ class Settings:
             vars(self)[name] = float(value) if is_float else value
 
     @classmethod
-    def column(cls, name: str, preset: str) -> Any:
+    def column(cls, name, preset):
         """What a preset says of a setting: a value, or a dict of values by task, where "*" is every other task."""
         return PRESETS[preset].get(name, cls.__dataclass_fields__[name].metadata["paper"])
 
     @classmethod
-    def default(cls, name: str, task: str = "", preset: str = "paper") -> Any:
+    def default(cls, name, task="", preset="paper"):
         """A setting's value where nobody gives one."""
         value = cls.column(name, preset)
         return value.get(task, value["*"]) if isinstance(value, dict) else value
 
-    def lengths(self) -> list[int]:
+    def lengths(self):
         """The reply lengths of evaluation, in tokens."""
         return [int(n) for n in str(self.eval_lengths).split(",")]
 
-    def trains(self) -> bool:
+    def trains(self):
         """Whether any weights change."""
         return bool(self.task) and self.task != "chat" and not self.eval_only
 
-    def reinforces(self) -> bool:
+    def reinforces(self):
         """Whether there is a stage 2."""
         return self.task in RL_TASKS and not self.eval_only
 
-    def evaluates(self) -> bool:
+    def evaluates(self):
         """Whether eval.json is written."""
         return self.task != "pretrain" and (self.eval_only or not self.skip_eval)
 
-    def reply_length(self) -> int:
+    def reply_length(self):
         """Tokens that a reply of chat may take."""
         return self.max_length or self.gen_length
 
-    def masks_shared_by(self) -> int:
+    def masks_shared_by(self):
         """How many completions of a prompt share a prompt mask [D2]."""
         return 1 if self.preset == "official" else self.group
 
-    def logits_held(self, config) -> int:
+    def logits_held(self, config):
         """How many tokens' logits, in fp32, --logits_gib has room for."""
         return max(1, int(self.logits_gib * 2**28 / config.vocab_size))
 
-    def with_data_ratio(self, parameters: int) -> Settings:
+    def with_data_ratio(self, parameters):
         """The same settings with as many updates of stage 1 as --data_ratio asks for, if it does."""
         tokens = self.bs_sft * self.sft_length
         steps = math.ceil(self.data_ratio * parameters / tokens)
         return dataclasses.replace(self, steps_sft=steps or self.steps_sft)
 
 
-def preset_for(model: str) -> str:
+def preset_for(model):
     """What --preset auto is: "tiny" for an embedded model and what was trained from it, else "paper"."""
     is_tiny = model in EMBEDDED or read_json(Path(model, "d1_state.json")).get("preset") == "tiny"
     return "tiny" if is_tiny else "paper"
 
 
-def validate(cfg: Settings) -> None:
+def validate(cfg):
     """UserError on values that are out of range or do not go together. Files and packages are not looked at."""
     for f in dataclasses.fields(cfg):
         value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
@@ -1778,7 +1803,9 @@ def validate(cfg: Settings) -> None:
 def check_together(cfg):
     """UserError on values that are good each for itself and do not go together."""
     task, trains = cfg.task, cfg.trains()
-    if not task and (cfg.smoke or not cfg.export):
+    if cfg.grade and task not in ("", *TASKS):
+        raise UserError(f"--grade reads replies to {', '.join(TASKS)}, not to {task}")
+    if not (task or cfg.grade) and (cfg.smoke or not cfg.export):
         raise UserError(f"--task is needed: one of {', '.join(TASK_CHOICES)}")
 
     steps, blocks = cfg.diffusion_steps, cfg.gen_length // cfg.block_length
@@ -1790,8 +1817,9 @@ def check_together(cfg):
         raise UserError("--edit_rate teaches a token: without --use_lora")
 
     if cfg.data and task in ("sft_only", "table1"):
-        text = f"--data is problems of one benchmark, and --task {task} has four"
-        raise UserError(f"{text}; traces are given by --sft_data")
+        raise UserError(
+            f"--data is problems of one benchmark, and --task {task} has four; traces are given by --sft_data"
+        )
     if cfg.sft_data == "talk" and task != "sft_only":
         raise UserError("--sft_data talk is for --task sft_only")
     if cfg.report_to != "none" and not trains:
@@ -1815,7 +1843,7 @@ def check_together(cfg):
         raise UserError("--task chat goes without --smoke and --cache")
     if cfg.web and task != "chat":
         raise UserError("--web needs --task chat")
-    if not task and cfg.model in EMBEDDED:
+    if not (task or cfg.grade) and cfg.model in EMBEDDED:
         raise UserError("--export without --task converts a checkpoint: give --model")
     if task == "sft_only" and cfg.skip_sft:
         raise UserError("--task sft_only and --skip_sft leave nothing to do")
@@ -1835,9 +1863,15 @@ def check_together(cfg):
 
 
 # %% 12. Text and ids — App. D: a chat becomes token ids, and a reply becomes text again
-def encode_prompt(tokenizer, messages):
-    """Token ids of a chat up to where the reply begins. All stages build their prompts with this function."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+def encode_prompt(tokenizer, messages, continues=True):
+    """Token ids of a chat up to where the reply begins. All stages build their prompts with this function.
+
+    If the assistant spoke last, the reply continues that turn, or is one of its own if `continues` is False.
+    """
+    begun = continues and messages[-1]["role"] == "assistant"
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=not begun, continue_final_message=begun, return_dict=False
+    )
 
 
 def encode_prompts(tokenizer, chats, limit):
@@ -1869,7 +1903,7 @@ def encode_example(tokenizer, messages, reply):
     """Prompt, reply and end of turn as one list of ids, and the length of the prompt."""
     # [D16] official counts one header and newline too many into the prompt, which can leave the reply's first token
     #       untrained. here: the two parts are encoded apart, so the border is exact.
-    prompt = encode_prompt(tokenizer, messages)
+    prompt = encode_prompt(tokenizer, messages, continues=False)
     completion = tokenizer.encode(reply, add_special_tokens=False) + turn_end(tokenizer)
     return prompt + completion, len(prompt)
 
@@ -1898,22 +1932,98 @@ def reply_texts(tokenizer, completion):
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-# %% 13. Readers of a reply — App. D: the answer in it, as a number, an expression or a formula
+# %% 13. Readers of a reply — App. D: the answer in it, as a number, an expression, a grid or a formula
 # A reader takes any text at all, in linear time, and returns None where it does not find what its docstring says.
-def last_answer(text: str) -> str | None:
-    """What stands in the last complete <answer> block, stripped."""
-    before = text.rpartition("</answer>")[0]
-    _, start, answer = before.rpartition("<answer>")
-    return answer.strip() if start else None
+# How a sign is read, and how else it is written. NFKC would not do: it makes 25 of 2⁵ and 31/2 of 3½.
+SIGNS = r"""
+- −–—‐‑‒―﹣－
++ ＋
+* ×∙⋅·•∗✕✖⨯＊
+/ ÷∕⁄／
+= ＝→⇒
+≈ ≃≅
+: ∶：
+( （
+) ）
+. ．
+, ，
+' ’ʼ
+% ％
+$ ＄
+0 ０⁰₀
+1 １¹₁
+2 ２²₂
+3 ３³₃
+4 ４⁴₄
+5 ５⁵₅
+6 ６⁶₆
+7 ７⁷₇
+8 ８⁸₈
+9 ９⁹₉
+\pi{} π
+\infty{} ∞
+\emptyset{} ∅
+\cup{} ∪
+\in{} ∈
+\le{} ≤
+\ge{} ≥
+\ne{} ≠
+\pm{} ±
+^\circ{} °
+\frac{1}{2} ½
+\frac{1}{3} ⅓
+\frac{2}{3} ⅔
+\frac{1}{4} ¼
+\frac{3}{4} ¾
+\frac{1}{5} ⅕
+\frac{2}{5} ⅖
+\frac{3}{5} ⅗
+\frac{4}{5} ⅘
+\frac{1}{6} ⅙
+\frac{5}{6} ⅚
+\frac{1}{8} ⅛
+\frac{3}{8} ⅜
+\frac{5}{8} ⅝
+\frac{7}{8} ⅞
+"""
+READ_AS = str.maketrans({sign: plain for plain, signs in map(str.split, SIGNS.split("\n")[1:-1]) for sign in signs})
+LOOKS = {  # what LaTeX, Markdown and typography add for the eye, and how it is read
+    r"[\u200b-\u200d\u2060\ufeff\u00ad`]|\\!\s*|\\(?:left|right|displaystyle)(?![a-z])|(?<!\\)\\[()\[\]]": "",
+    r"<\|\w+\|>|</?(?:b|em|strong|br|p|s) ?/?>": "",
+    r"(?<!\\)\\[,;: ]|\\q?quad|~|[^\S\n]": " ",  # thin and no-break spaces too
+    r"\\(?:text(?!color)\w*|mbox|math(?:bf|rm|it)|operatorname|boldsymbol)\s*\{([^{}]*)\}": r"\1",
+    r"\\[dtc]frac": r"\\frac",
+    r"\\(?:times|cdot|ast)(?![a-z])": "*",
+    r"\\div(?![a-z])": "/",
+    r"\\(?:approx|simeq)(?![a-z])": "≈",
+    r"\\(?:implies|to|[Rr]ightarrow)(?![a-z])": "=",
+    r"\\varnothing|\\{\s*\\}": r"\\emptyset",
+    r"\\([$%])": r"\1",
+    r"([⁰¹²³⁴-⁹]+)": r"^{\1}",
+    r"([₀-₉]+)": r"_{\1}",
+    r"√\s*(\d+|[a-z])?": r"\\sqrt{\1}",
+}
 
 
-def answers(text: str) -> list[str]:
-    """What stands in every complete <answer> block, stripped."""
-    closed = text[: text.rfind("</answer>") + len("</answer>")]  # an opener that never closes would cost quadratic time
-    return [block.strip() for block in re.findall(r"<answer>(.*?)</answer>", closed, re.DOTALL)]
+def rewrite(text, rules):
+    """A text after a series of substitutions, pattern: replacement."""
+    for pattern, replacement in rules.items():
+        text = re.sub(pattern, replacement, text)
+    return text
 
 
-def box_from(text: str, start: int) -> str | None:
+def plain(text):
+    """A text in which each sign is written in one way. A text of more than 1,000 characters becomes empty."""
+    return rewrite(text, LOOKS).translate(READ_AS).strip()[:1000] if text and len(text) <= 1000 else ""
+
+
+def last_answer(text):
+    """What stands in the last <answer> block that is whole, stripped. None if no block is."""
+    _, opener, inside = text.rpartition("</answer>")[0].rpartition("<answer>")
+    return inside.partition("</answer>")[0].strip() if opener else None  # a stray closer may follow
+
+
+def box_from(text, start):
     """The text from `start` to the brace that closes the first one, which must come within 10,000 characters."""
     depth = 0
     for brace in re.compile("[{}]").finditer(text, start, start + 10000):
@@ -1923,33 +2033,89 @@ def box_from(text: str, start: int) -> str | None:
     return None
 
 
-def last_boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{...}, whose braces must balance."""
-    start = text.rfind("\\boxed{")
-    box = box_from(text, start) if start >= 0 else None
-    return box[len("\\boxed{") : -1] if box else None
+BOX = r"(?:boxed|fbox)\s*{"
 
 
-def parse_number(text: str | None) -> Fraction | None:
-    """The value of a plain number as people write one: 72, -3, $1,234, 12.50, 50%."""
-    if text is None or len(text) > 64:
-        return None
-
-    # [D14] official finds no number in 1,234. here: thousands commas, signs and units of money pass.
-    text = unicodedata.normalize("NFKC", text).replace("\\", "")
-    text = text.strip("$% \n").rstrip(".")
-    if not re.fullmatch(r"[-+]?\$?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?", text) or not text[-1:].isdigit():
-        return None
-    return Fraction(text.replace(",", "").replace("$", ""))
+def last_boxed(text):
+    r"""What stands in the last \boxed{...} or \fbox{...}, stripped. None if there is none, or it is empty or open."""
+    openers = list(re.finditer(BOX, text))
+    box = box_from(text, openers[-1].end() - 1) if openers else None
+    return (box and box[1:-1].strip()) or None
 
 
-def stated_number(text: str | None) -> Fraction | None:
-    """The value of an answer that is a plain number, or else of the last number said in it, as in "so 72 clips"."""
-    number = parse_number(text)
-    if number is not None or not text:
-        return number
-    said = re.findall(r"[-+]?\d[\d,]*(?:\.\d+)?", text[-200:])
-    return parse_number(said[-1].rstrip(",")) if said else None
+def answer_of(completion):
+    """The answer in a reply: its last whole <answer> block, or the last box of that block.
+
+    If no block is whole, it is the last box of the reply. A last box that is empty or open is no answer, but where it
+    is the only one of a whole block, the rest of the block is.
+    """
+    # [D20] official: reward and accuracy read a reply by different parsers. here: one reader for both.
+    block = last_answer(completion)
+    boxed = last_boxed(completion if block is None else block)
+    if block is None or boxed or len(re.findall(BOX, block)) > 1:
+        return boxed
+    return re.sub(r"\\?" + BOX + "}?", "", block).strip()
+
+
+LAST_SIDE = {r"(?s)\A.*(?:(?<![<>!])=|≈|####|(?i:answer)(?: is\b|:))(?=.*\d)": ""}  # what follows the last = counts
+AMOUNTS = {  # how a plain text is rewritten before a number is sought in it
+    r" *\n\s*": "; ",
+    r"\b(?:negative|minus) (?=[$€£]?[\d.])": "-",
+    r"\b(?:[A-Z]{1,3}(?=\$)|(?:USD|EUR|GBP|Rs\.?)(?= ?-?\d))|(?<!\d)[$€£¥₹] ?|[$€£¥₹](?!\d)|\^?{?\\circ}?": "",
+    r"(?<=\d) ?\\frac": r" \\frac",
+    r"\\frac *(?:{ *(-?[\d.]+) *}|(\d)) *(?:{ *(\d+) *}|(\d))": r"\1\2/\3\4 ",
+    r"[{}]|\\\\": "",  # as in 70{,}000 and m^{2}
+    r"(?<![\w.,])[1-9]\d{0,2}([ ,'])\d{3}(?:\1\d{3})*(?!\d|[,']\d)": lambda m: re.sub("[ ,']", "", m[0]),
+}
+SENTENCES = {  # and what else is rewritten if it may stand in a sentence
+    r"\s+": " ",
+    r"(?<=\d) and (?=\d+ ?/ ?\d)": " ",
+    r"(?<![\d.])(\d+)(?: ?thousand|[kK])\b": r"\g<1>000",
+    r"(?<![\d.])(\d+) ?million\b": r"\g<1>000000",
+    r"(?<![\d.])(\d+)\.(\d) ?million\b": r"\1\g<2>00000",
+    r"\b\d+(?:st|nd|rd|th)\b(?=.*\b\d+\b)": "",  # the 3rd day, where there is another number
+    r"(\b\d+\b.*?)\b\d+(?:st|nd|rd|th)\b": r"\1",
+    # a number that leads the text and is followed by its unit, as in "72 apples for 12 children"
+    r"^(\W*\d[\d./ ]*)"
+    r"(?!.*\b(?:or|and|to|times|plus|minus|by|divided|multiplied|more|less|than|so|then|but|not|maybe)\b.*\d)"
+    r"(?:(?:for|per|every|each|in|at|after|with)|-?[^\W\d_]+(?:(?= \()|(?:[ '/-][^\W\d_]+)+)) \(?-?\d.*": r"\1",
+}
+VALUE = re.compile(  # minus, whole part of a mixed number, number or numerator, denominator
+    r"(?:(?<![\w)%])(-)(?: (?<!\w - )|(?=[\d.])))?(?<![^\W_])(?<![.^])(?<![^\W_][-_])"
+    r"(?:(\d++) (?=\d++ ?/ ?\d))?(\d++(?:\.\d++)?|\.\d++)(?: ?/ ?(0*+[1-9]\d*+))?"
+)
+BROKEN = r"""(?x)  # what makes a number a part of something else
+\d\ ?(?: [-+*]{1,2}\ ?[(\d.] | [xX]\ ?\d | \^ )  # 7-3, 6 x 12, 2^5
+| \d(?: [:,'_]\d | _[^\W_] | !(?!=) | \.\. | [eE][-+]?\d | \ ?(?:hundred|thousand|[mb]illion)\b )  # 5:30, 70,00, 10_2
+| \.\d+\.\d | /\ ?(?: \d+\ ?[./]\d | 0+(?!\d) | \( )  # 1.2.3, 18/5/2024, 1/0
+| \d\ (?:times|plus|minus|over|(?:divided\ |multiplied\ )?by)\ -?\d | \b(?:not|than)\ -?\d | [\\<>]  # \pi, < 3
+"""
+
+
+def value_of(number):
+    """The value of a match of VALUE."""
+    minus, whole, top, bottom = number.groups()
+    value = int(whole or 0) + Fraction(top) / int(bottom or 1)
+    return -value if minus else value
+
+
+def exact_number(text):
+    r"""The value of a plain text that is one number and nothing else: 1,234, -$3.50, 50%, 7/2, 3 1/2, 3\frac{1}{2}."""
+    number = VALUE.fullmatch(rewrite(text, AMOUNTS).rstrip(" .%\\").lstrip("+ "))
+    return number and value_of(number)
+
+
+def read_number(text):
+    """The number that an answer says, alone or in a sentence, with its sign, separators, money, unit or fraction.
+
+    What follows the last = counts. Two different numbers are a hedge and give None, unless the first one leads the
+    text and is followed by its unit, as in "72 apples for 12 children". A sum, a power, a time of day, a date or a
+    number in another base gives None too.
+    """
+    # [D14] official finds no number in 1,234. here: separators, signs of money and units pass.
+    text = rewrite(plain(text), LAST_SIDE | AMOUNTS | SENTENCES)
+    values = set(map(value_of, VALUE.finditer(text)))
+    return None if re.search(BROKEN, text) or len(values) != 1 else values.pop()
 
 
 CHARACTERS = "0123456789+-*/() "  # of an expression
@@ -1962,11 +2128,10 @@ OPERATORS = {
 }
 
 
-def arithmetic(text: str, number: Callable[[Any], Any] = Fraction, characters=CHARACTERS, operators=OPERATORS) -> Any:
+def arithmetic(text, number=Fraction, characters=CHARACTERS, operators=OPERATORS):
     """The exact value of an expression of integers with + - * / and brackets, of 300 characters at most."""
     # [D11] official calls eval on what the model writes, so 9**9**9 hangs (reward_func.py:105).
     #       here: the text is parsed, never run, and has no powers.
-    text = " ".join(text.split())
     if len(text) > 300 or not set(text) <= set(characters):
         return None
 
@@ -1977,91 +2142,117 @@ def arithmetic(text: str, number: Callable[[Any], Any] = Fraction, characters=CH
         return operators[type(node.op)](*map(value, parts))
 
     try:
-        return value(ast.parse(text, mode="eval").body)
-    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
-        return None
-    except (KeyError, AttributeError, TypeError):  # another operator, another kind of node, "..."
+        return value(ast.parse(text.strip(), mode="eval").body)
+    except Exception:  # no expression, too deep, x/0, another operator, another kind of node, "..."
         return None
 
 
-def uses_numbers(text: str, example: dict) -> bool:
+EXPRESSIONS = {  # how a plain text is rewritten before an expression is sought in it
+    r"(?<![\w*])\*\*(?!\*)([^*]+(?:\*[^*]+)*)\*\*(?![\w*])|[$#\"]": r"\1",
+    r"[-=]>|==|≈": "=",
+    r"(?<!\d)\\frac\s*{([^{}]*)}\s*{([^{}]*)}": r"((\1)/(\2))",
+    r"\\?[{\[]": "(",
+    r"\\?[}\]]": ")",
+    r"(?<=[\d)])\s*[xX]\s*(?=[\d(])": "*",
+    r"(?<=[\d)])\s*:\s*(?=[\d(])": "/",
+    r"\b(?:is|equals|gives|makes)\b|(?<=[a-zA-Z]):": "=",
+    r"\(\s*=([^()=]*)\)": r"=\1",  # 1+2 (= 3)
+    r"(?<=[\d).])\s*\n\s*(?=[\w(])": "=",  # a new line says something new, except within an expression
+    r"^[A-Za-z,' ]*[A-Za-z,] +(?=-?\d)": "",  # so 1+2
+    r"(?<=\d),(?=\d{3}(?!\d))": "",
+    r"(?<=\))\s*(?=[\d(])|(?<=\d)\s*(?=\(+[\d-])": "*",
+    r"\s+": " ",
+}
+
+
+def read_expression(text):
+    r"""The expression that an answer is and the values that it claims, as in 1+2 = 3: {part: its exact value}.
+
+    Signs may be × ÷ − or \times, \cdot, \div, x and :, brackets may be of any kind, 2(3+4) is a product, and words may
+    stand before the expression. The dict is empty if a part with a digit in it has no value.
+    """
+    sides = rewrite(plain(text), EXPRESSIONS).split("=")
+    sides = [side.strip(" .") for side in sides if re.search(r"\d", side)]
+    values = [arithmetic(side) if set(side) <= set(CHARACTERS) else read_number(side) for side in sides]
+    return {} if None in values else dict(zip(sides, values, strict=True))
+
+
+def uses_numbers(text, example):
     """Whether the integers that a text names are the numbers of a Countdown problem, each of them once."""
     used = re.findall(r"\d+", text)
-    given = sorted(n for n in example["numbers"] if isinstance(n, int))
-    return all(len(n) < 20 for n in used) and sorted(map(int, used)) == given
+    return sorted(map(int, used)) == sorted(example["numbers"])
 
 
-def reaches(text: str | None, example: dict) -> bool | None:
-    r"""Whether an expression solves a Countdown problem. Its signs may also be × and ÷, or \times, \cdot and \div.
+def reaches(text, example):
+    """Whether an answer solves a Countdown problem.
 
-    True = it does, False = it has the right numbers and another value, None = it has other numbers or no value.
+    True = it does, False = it has the right numbers and another value, or claims one, None = it has other numbers or
+    no value.
     """
-    text = unicodedata.normalize("NFKC", text or "")
-    for written, sign in ("×", "*"), ("÷", "/"), ("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"):
-        text = text.replace(written, sign)
-
-    value = arithmetic(text) if uses_numbers(text, example) else None
-    return None if value is None else value == example["target"]
+    values = read_expression(text)
+    if not any(uses_numbers(part, example) for part in values):
+        return None
+    return set(values.values()) == {example["target"]}
 
 
-def normalise_latex(text: str) -> str:
-    """A plain form of a LaTeX answer by the rules of the official MATH grader. ValueError where they fail."""
-    # spacing, sizing, degree, dollar and percent signs go, and so does a trailing unit
-    for old, new in (
-        ("\n", ""),
-        ("\\!", ""),
-        ("\\\\", "\\"),
-        ("tfrac", "frac"),
-        ("dfrac", "frac"),
-        ("\\left", ""),
-        ("\\right", ""),
-        ("^{\\circ}", ""),
-        ("^\\circ", ""),
-        ("\\$", ""),
-    ):
-        text = text.replace(old, new)
-    text, *units = text.split("\\text{ ")
-    text = text.replace("\\%", "")
-    if len(units) > 1 or re.search(r"\\(sqrt|frac *)(\\\1|$)", text):
-        raise ValueError("two units, or a root or fraction of nothing")
-
-    # .5 becomes 0.5 and x=5 becomes 5
-    text = re.sub(r"(^|[ {])\.", r"\g<1>0.", text)
-    text = re.sub(r"^[^=]{0,2}=([^=]*)$", r"\1", text)
-
-    # \sqrt3, \frac12 and 1/2 get braces
-    text = re.sub(r"\\sqrt(?!\{)(.)", r"\\sqrt{\1}", text).replace(" ", "")
-    text = re.sub(r"\\frac(?!\{)(.)(?:\{([^{}]*)\}|(.))", lambda m: f"\\frac{{{m[1]}}}{{{m[2] or m[3]}}}", text)
-    text = "\\frac{1}{2}" if text == "0.5" else text
-    if text.count("/") == 1:
-        top, bottom = map(int, text.split("/"))
-        text = f"\\frac{{{top}}}{{{bottom}}}" if text == f"{top}/{bottom}" else text
-    return text
+LABELS = {  # of the rows of a grid, and its size
+    r"(?i)(?<![a-z])(?:row|line|r|column|col|c)\s?\d(?!\d)|(?<!\w)4\s?[x*]\s?4(?!\w)": " ",
+    r"(?m)^[^\d\n]*[0-4][^\d\n]+(?=(?:\d[^\d\n]*){4}$)": "",  # five digits in a line: the first counts the rows
+}
+UNITS = "0123 4567 89ab cdef 048c 159d 26ae 37bf 0145 2367 89cd abef"  # cells of rows, columns and boxes
 
 
-def equal_latex(a: str, b: str) -> bool:
-    """Whether two answers have the same plain form, or are the same text. This is the official equality too."""
-    with contextlib.suppress(ValueError):
-        return a == b or (len(a) <= 100_000 and normalise_latex(a) == normalise_latex(b))  # bounds the time
-    return False
+def read_grid(text):
+    """The digits of a grid, whatever stands between them, without the labels and numbers of its rows."""
+    return "".join(re.findall("[0-9]", rewrite(plain(text), LABELS)))
 
 
-MATH_WORKER = """import json, signal, sys
-from math_verify import parse, verify
+def solves(grid, puzzle):
+    """Whether a 4x4 grid is complete, keeps the puzzle's given cells and has 1 to 4 in each row, column and box."""
+    if len(grid) != 16 or not all(given in ("0", cell) for given, cell in zip(puzzle, grid, strict=True)):
+        return False
+    return all({grid[int(cell, 16)] for cell in unit} == set("1234") for unit in UNITS.split())
+
+
+MATH_WORKER = r"""import json, signal, sys
+from math_verify import LatexExtractionConfig, grader, parser
+from sympy import nsimplify
+
+RULES = LatexExtractionConfig().normalization_config
+
+def same_number(a, b, *precision):
+    "In place of math-verify's own test, which rounds to six digits and drops what is below 1e-15."
+    try:
+        a, b = (nsimplify(x, rational=True).doit() for x in (a, b))  # a decimal number is the fraction that it says
+        gap = (a - b).expand()
+        small = gap.is_number and not gap.is_rational and abs(gap.evalf(50)) < 1e-30 * abs(b.evalf(50))
+        return gap == 0 or bool(small)
+    except Exception:  # no numbers
+        return False
+
+def same(limit, *texts):
+    signal.setitimer(signal.ITIMER_VIRTUAL, limit)  # its default is to end the process, whatever C code is busy with
+    try:  # all of the text must be LaTeX: its own parse() would look for some number in what is not
+        gold, found = (parser.parse_latex_cached(parser.normalize_latex(text, RULES)) for text in texts)
+        return grader.verify(gold, found, allow_set_relation_comp=True, timeout_seconds=None)
+    except Exception:
+        return False
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+grader.sympy_numeric_eq = same_number
+same(0, "x+1", "1+x"), same(0, "0.5", "\\sqrt{2}")  # the first calls take longer
 print("ready", flush=True)
 for line in sys.stdin:
-    limit, *texts = json.loads(line)
-    signal.setitimer(signal.ITIMER_VIRTUAL, limit)  # its default is to end the process, whatever C code is busy with
-    same = verify(*(parse(f"${text}$", parsing_timeout=None) for text in texts), timeout_seconds=None)
-    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-    print(int(same), flush=True)"""
+    print(int(same(*json.loads(line))), flush=True)
+"""
 MATH_LOCK = threading.Lock()
 
 
 @functools.cache
-def math_worker() -> Any:
+def math_worker():
     """A process that runs math-verify, whose own time limit C code ignores and only the main thread can set."""
-    worker: Any = subprocess.Popen(
+    worker = subprocess.Popen(
         [sys.executable, "-c", MATH_WORKER],
         text=True,
         stdin=subprocess.PIPE,
@@ -2074,7 +2265,7 @@ def math_worker() -> Any:
     return worker
 
 
-def math_verify_says(found: str, gold: str, limit: float) -> bool:
+def math_verify_says(found, gold, limit):
     """Whether math-verify calls two LaTeX answers equal within `limit` CPU seconds."""
     with MATH_LOCK:
         for _ in range(2):  # again if the process was ended by somebody else
@@ -2091,22 +2282,68 @@ def math_verify_says(found: str, gold: str, limit: float) -> bool:
     return False
 
 
-def same_mathematics(found: str, gold: str, limit: float = 1.0) -> bool:
-    """Whether two LaTeX answers are equal: as numbers, in plain form, or by math-verify in `limit` CPU seconds."""
-    numbers = parse_number(found), parse_number(gold)
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    if equal_latex(found, gold):
-        return True
+FORMULAS = {  # how a plain text is rewritten before it is compared as a formula
+    r"\$": "",
+    r"{}|\s+": " ",
+    r"(?<![a-zA-Z\\])(pi|infty|sqrt)(?![a-z])": r"\\\1",
+    r"\\sqrt *\(([^()]*)\)|\\sqrt *(\d+)": r"\\sqrt{\1\2}",  # math-verify reads 4 in 4\sqrt(2)
+    r"(?<=\d)i(?![a-zA-Z])": " i",  # of 1.0i
+    r"(?<!\\)%": r"\\%",
+    r",? ?(?<![a-zA-Z\\])(?:and|or)(?![a-z])|;": ",",
+    r"(?<=[\d})]) *≈.*": "",  # 1/3 ≈ 0.33
+    "≈": "=",
+    r"^[A-Za-z ,']*\b(?:is|are|equals):? |^[A-Za-z ]+: ?|[ .]+$": "",  # "The answer is"
+    r"(?:(?<=[\d})])|(?<=\\pi))"  # a unit
+    r"(?: (?!sin|cos|tan|log|mod)(?:m|in|hr|sq|[a-z]{3,})| ?(?:[ckm]m|kg|ft))[a-z ./]*(?:\^{?\d}?)?$": "",
+}
+COMPACT = {  # what is left out where two formulas are compared as texts; 3 1/2 is not 31/2
+    r"(?<!\d) | (?!\d)": "",
+    r"{(\w)}": r"\1",
+    r"^[A-Za-z]{3,}$": lambda word: word[0].lower(),
+}
+NAME = r" *[(|\\]?[^\W\d_](?:[_(]{?\d+|[^-+*/^<>=\d])*"  # as in x = 3, f(2) = 3, (x,y) = (1,2), \angle ABC = 60
+MISREAD = r"""(?x)  # in "found, line break, gold": what math-verify calls equal, or what would only run into its limit
+\\[lcdv]?dots | \.\.\. | …                       # 1, 3, \ldots, 2n-1 is not 1, 2, \ldots, n: it leaves the dots out
+| [\d)]\ ?_                                      # 10_2 is not 10: it leaves the base out
+| \d\ [a-z]{2,}\ -?\d                            # 7 maybe 8 and 7 to 8 are not 7
+| ^\ *([a-zA-Z])\ *=.*\n\ *(?!\1)[a-zA-Z]\ *=      # the line x = 5 is not y = 5
+| ^\ *(?: \\{.*\n\ *\( | \(.*\n\ *\\{ )            # the set \{1, 2\} is not the pair (1, 2)
+| \\sqrt\ *\(                                    # brackets within brackets of a root, see above
+| (?:\^[ {(-]*\d+\ *){3} | \^[ {(-]*\d+\ *\^[ {(-]*(?:[4-9]|\d\d) | \^[ {(-]*\d{5}  # towers, but not x^{2}+y^{2}
+| (?:[(\[{]\ *){10}                              # deep brackets
+| \d{5}! | !\ ?\)*\ ?! | \\(?:sum|prod|int)(?![a-z])  # large factorials, long sums
+"""
 
-    # towers of powers, long sums and factorials of large numbers would only run into the limit
-    if len(found) > 200 or re.search(r"\d{20}|\d{3}!|!.*!|\^[^^]{0,9}\^|\^\W*\d{4}|\*\*|\\(sum|prod|int|binom)", found):
+
+def unnamed(text):
+    """What stands between the equality signs of a formula, without names such as x or f(x)."""
+    sides = re.split(r"(?<![<>!])=|\\in(?![a-z])", text)
+    return [side for side in sides if not re.fullmatch(NAME, side)] or sides[-1:]
+
+
+def same_mathematics(found, gold, limit=5.0):
+    """Whether two LaTeX answers are equal: in plain form, as exact numbers, or by math-verify in `limit` CPU seconds.
+
+    A name such as x = is left out. A list is equal to a list of the same values in any order, and "7 or 8" is a list.
+    """
+    found, gold = (rewrite(plain(text), FORMULAS) for text in (found, gold))
+    if rewrite(found, COMPACT) == rewrite(gold, COMPACT):
+        return bool(found)
+    numbers = exact_number(found), exact_number(gold)
+    if None not in numbers and (numbers[0] == numbers[1] or "%" not in found + gold):  # 15% may be 0.15
+        return numbers[0] == numbers[1]
+    if not 0 < len(found) <= 300 or re.search(MISREAD, f"{found}\n{gold}"):
         return False
-    return math_verify_says(found, gold, limit)
+
+    # all sides of a chain such as x = 6/2 = 3 must be equal to one gold value; equations and lists are not taken apart
+    sides, golds = unnamed(found), unnamed(gold)
+    if len(golds) > 1 or (len(sides) > 1 and "," in found) or [*sides, *golds] == [found, gold]:
+        return math_verify_says(found, gold, limit)
+    return all(same_mathematics(side, golds[0], limit) for side in sides)
 
 
 # %% 14. The four tasks — App. D: prompt, rewards and grade of each
-# To add a task, copy a subclass of `Task`, write its prompt, `parse`, `own_rewards` and `own_grade`, put it into TASKS
+# To add a task, copy a subclass of `Task`, write its prompt, `parse`, `is_right` and `own_rewards`, put it into TASKS
 # and name it in RL_TASKS. Its toy problems, if it is to have any, belong to section 16, official rules to section 19.
 SYSTEM = (
     "Think step by step, then answer. Write your reply exactly in this form:\n"
@@ -2123,12 +2360,12 @@ class Grade:
     answer: str | None  # what was read as the answer
 
 
-def verdict(right: bool, answer: str | None) -> Grade:
+def verdict(right, answer):
     """A grade that knows nothing between right and wrong."""
     return Grade(right, float(right), answer)
 
 
-def split_of(key: str) -> str:
+def split_of(key):
     """The split of a problem with this key, by a hash, the same in every run: 80 % train, 8 % heldout, 12 % test."""
     bucket = hashlib.sha256(key.encode()).digest()[0] / 256
     return "train" if bucket < 0.8 else "heldout" if bucket < 0.88 else "test"
@@ -2142,7 +2379,7 @@ class Task:
 
     parse: Callable[[dict], dict]  # a row of a data file -> an example, or an error that refuses the row
     own_rewards: Callable[[str, dict], dict[str, float]]  # (completion, example) -> parts of the reward by name
-    own_grade: Callable[[str, dict], Grade]  # (completion, example) -> strict verdict
+    is_right: Callable[[str | None, dict], bool]  # (what `answer_of` found in a reply, example) -> whether it is right
     official: Official | None = None  # the official code's rewards and grade, set in section 19, None = there are none
 
     name = ""  # as in --task
@@ -2157,29 +2394,34 @@ class Task:
     score = ""  # what Grade.score counts, where it is more than right or wrong
     aim = "correct"  # the part of a Grade by which the best checkpoint is chosen
 
-    def rewards(self, completion: str, example: dict, official: bool = False) -> dict[str, float]:
+    def rewards(self, completion, example, official=False):
         """The parts of a reply's reward by name, whose sum is the reward, by our rules or the official code's."""
         pay = self.official.rewards if official and self.official else self.own_rewards
         return pay(completion, example)
 
-    def batch_rewards(self, completions, examples, official: bool = False) -> list[dict[str, float]]:
+    def batch_rewards(self, completions, examples, official=False):
         """The `rewards` of many replies."""
         pairs = zip(completions, examples, strict=True)
         return [self.rewards(*pair, official) for pair in pairs]
 
-    def grade(self, completion: str, example: dict, official: bool = False) -> Grade:
+    def own_grade(self, completion, example):
+        """The strict verdict on a reply."""
+        answer = answer_of(completion)
+        return verdict(self.is_right(answer, example), answer)
+
+    def grade(self, completion, example, official=False):
         """The verdict on a reply, strict or by the official code's parser."""
         judge = self.official.grade if official and self.official else self.own_grade
         return judge(completion, example)
 
-    def question(self, example: dict) -> str:
+    def question(self, example):
         return self.asks.format_map(example)
 
-    def messages(self, example: dict, system: str | None = None) -> list[dict]:
+    def messages(self, example, system=None):
         """The chat that asks one problem. `system` replaces the task's own first part."""
         return [{"role": "user", "content": f"{system or self.system}\n\n{self.question(example)}"}]
 
-    def examples(self, split: str, n: int | None = None, seed: int = 0, data: str | None = None) -> list[dict]:
+    def examples(self, split, n=None, seed=0, data=None):
         """n problems of "train", "heldout" or "test": toy problems, or the first n rows of `data` (None = all).
 
         Toy problems are drawn from (name, split, seed) alone. UserError names a row that is no problem.
@@ -2193,7 +2435,7 @@ class Task:
         fitting = (example for example in draws if example and split_of(self.key(example)) == split)
         return list(itertools.islice(fitting, 256 if n is None else n))
 
-    def example_of(self, row: dict, place: str) -> dict:
+    def example_of(self, row, place):
         """The example in a row of a data file. UserError names the place of a row that is none."""
         try:
             wrong = [column for column in self.texts if not isinstance(row[column], str)]
@@ -2206,50 +2448,45 @@ class Task:
         except (ValueError, TypeError, AttributeError, ArithmeticError) as e:
             raise UserError(f"{place}: no {self.name} problem: {e}; it has {str(row)[:120]}") from e
 
-    def hub_keeps(self, example: dict) -> bool:
+    def hub_keeps(self, example):
         """Whether the paper takes this problem of the public data set."""
         return True
 
-    def key(self, example: dict) -> str:
-        """Identity of a problem, which no two splits share: the question of a toy problem, all of another example."""
-        if "work" in example:
-            return f"{self.name}/{self.question(example)}"
-        return json.dumps(example, sort_keys=True, default=str)
+    def key(self, example):
+        """What a problem asks. Rows that ask the same are one problem, and no problem is in two splits."""
+        return f"{self.name}/{' '.join(self.question(example).split())}"
 
-    def generate(self, rng: random.Random) -> dict | None:
+    def generate(self, rng):
         """A toy problem drawn from rng, or None where the draw is no problem."""
         return TOY[self.name].generate(rng)
 
-    def demonstrate(self, example: dict, rng: random.Random, careful: bool) -> str:
+    def demonstrate(self, example, rng, careful):
         """A reply to a toy problem in the required form, by a careful solver or a careless one."""
         work, answer = TOY[self.name].solve(example, rng, careful)
         return f"<reasoning>\n{work}\n</reasoning>\n<answer>\n{answer}\n</answer>"
 
-    def ground_truth(self, example: dict) -> Any:
+    def ground_truth(self, example):
         """What the official generations file holds as ground_truth."""
         return operator.itemgetter(*self.gold)(example)
 
-    def of_record(self, record: dict) -> dict:
+    def of_record(self, record):
         """What grading needs of an example, read back from an entry of a generations file."""
         truth = record["ground_truth"]
         values = truth if len(self.gold) > 1 else [str(truth)]
         return dict(zip(self.gold, values, strict=True))
 
 
-def has_form(completion: str, flags=re.DOTALL, end: str = "\n?$") -> tuple[bool, bool]:
+def has_form(completion, flags=re.DOTALL, end="\n?$"):
     """Whether a reply is the two blocks with their tags on lines of their own, and whether it begins with both."""
     # [D10] official's patterns lack DOTALL (reward_func.py:49, mended later), so work of two lines never earns the
     #       format reward. here: "." matches a newline, and a final one is not demanded.
     # (?>...) never tries again where it stopped, so no text takes more than linear time.
     strict = r"<reasoning>\n(?>.*?\n</reasoning>\n<answer>\n).*?\n</answer>"
-    first_border = r"<reasoning>(?>.*?</reasoning>\s*<answer>).*?</answer>"
-    last_border = r"<reasoning>(?>.*</reasoning>\s*<answer>).*?</answer>"
-
-    begins = (re.match(pattern, completion, flags) for pattern in (first_border, last_border))
-    return bool(re.match(strict + end, completion, flags)), any(begins)
+    soft = r"<reasoning>(?:(?>.*?</reasoning>\s*<answer>)|(?>.*</reasoning>\s*<answer>)).*?</answer>"
+    return bool(re.match(strict + end, completion, flags)), bool(re.match(soft, completion, flags))
 
 
-def tag_points(completion: str) -> float:
+def tag_points(completion):
     """Up to .5 for four tags on lines of their own, less .001 for each character after them (the official rule)."""
     after = len(completion.split("\n</answer>\n")[-1])
     after_close = len(completion.split("\n</answer>")[-1]) - 1
@@ -2265,26 +2502,26 @@ class Gsm8k(Task):
     texts = "question", "answer"
 
     def parse(self, row):
-        answer = row["answer"].split("####")[-1].strip().replace(",", "")
-        Fraction(answer)  # or the row is refused
-        return {"question": row["question"], "answer": answer}
+        answer = plain(row["answer"].split("####")[-1])
+        if read_number(answer) is None or not re.fullmatch(r"[-+]?[\d,]*\.?\d*", answer):  # 1/2, 1e3, 1_000, 70,00
+            raise ValueError(f"the answer {answer!r} is no plain number such as 18, 1,234 or 0.5")
+        return {"question": row["question"], "answer": answer.replace(",", "")}
 
     def own_rewards(self, completion, example):
-        number = parse_number(last_answer(completion))
+        grade = self.own_grade(completion, example)
+        number = read_number(grade.answer)
         strict, soft = has_form(completion)
         return {
-            "correctness": 2.0 * (number is not None and number == parse_number(example["answer"])),
+            "correctness": 2.0 * grade.correct,
             "int": 0.5 * (number is not None and number.denominator == 1),
             "strict_format": 0.5 * strict,
             "soft_format": 0.5 * soft,
             "xmlcount": tag_points(completion),
         }
 
-    def own_grade(self, completion, example):
-        answer = last_answer(completion) or ""
-        found = last_boxed(answer) or answer or last_boxed(completion)
-        number = stated_number(found)
-        return verdict(number is not None and number == parse_number(example["answer"]), found)
+    def is_right(self, answer, example):
+        number = read_number(answer)
+        return number is not None and number == read_number(example["answer"])
 
     def ground_truth(self, example):
         return float(example["answer"].replace(",", ""))
@@ -2296,7 +2533,7 @@ class Gsm8k(Task):
         return {"answer": f"{truth:.15g}" if isinstance(truth, float) else str(truth)}
 
 
-def box_points(completion: str, box: str = "\\boxed") -> float:
+def box_points(completion, box="\\boxed"):
     """.5 for an <answer> tag, and .5 for a box in the first answer, or .25 without one."""
     tagged = "<answer>" in completion
     inside = completion.split("<answer>")[1].split("</answer>")[0] if tagged else completion
@@ -2314,15 +2551,17 @@ class Math500(Task):
     asks = "{problem}"
 
     def parse(self, row):
-        return {"problem": row["problem"], "answer": last_boxed(row["answer"]) or row["answer"]}
+        answer = last_boxed(row["answer"]) or row["answer"]
+        if not plain(answer) or re.search(BOX, answer):
+            raise ValueError("the answer is empty, or its box is empty or open")
+        return {"problem": row["problem"], "answer": answer}
 
     def own_rewards(self, completion, example):
         right = self.own_grade(completion, example).correct
         return {"correctness": 2.0 * right, "boxed_and_answer_tags": box_points(completion)}
 
-    def own_grade(self, completion, example):
-        found = last_boxed(last_answer(completion) or "") or last_boxed(completion)
-        return verdict(found is not None and same_mathematics(found.strip(), example["answer"]), found)
+    def is_right(self, answer, example):
+        return same_mathematics(answer, example["answer"])
 
 
 class Countdown(Task):
@@ -2340,42 +2579,40 @@ class Countdown(Task):
 
     def parse(self, row):
         if "input" in row:  # the official test file
-            numbers, column = row["input"].split(","), "output"
+            numbers, target = row["input"], row["output"]
         else:
-            numbers, column = row.get("nums") or row["numbers"], "target"
-        return {"numbers": [int(n) for n in numbers], "target": int(row[column])}
+            numbers, target = row.get("nums") or row["numbers"], row["target"]
+        text, target = str(numbers), str(target).strip()  # in a CSV file, [44, 19, 35] or 44 19 35 is a text anyway
+        several = re.fullmatch(r"[\[( '\"]*\d{1,18}(?:[ ,'\"]+\d{1,18})+[\]) '\"]*", text)
+        if not several or not re.fullmatch(r"-?\d{1,18}", target):
+            raise ValueError("it needs two or more whole numbers, none of them negative, and a whole target")
+        return {"numbers": list(map(int, re.findall(r"\d+", text))), "target": int(target)}
 
     def own_rewards(self, completion, example):
         # [D11] official pays .1 for any answer. here: for one with the right numbers.
-        right = reaches(last_answer(completion), example)
+        right = reaches(answer_of(completion), example)
         return {"countdown": {True: 1.0, False: 0.1, None: 0.0}[right]}
 
-    def own_grade(self, completion, example):
-        answer = last_answer(completion)
-        found = last_boxed(answer or completion) or answer
-        expression = (found or "").split("=")[0]
-        return verdict(reaches(expression, example) is True, found)
+    def is_right(self, answer, example):
+        return reaches(answer, example) is True
 
     def hub_keeps(self, example):
         return len(example["numbers"]) == 3  # the public set has some with four
 
     def key(self, example):
         """Problems with the same numbers, in any order, and the same target are one problem."""
-        numbers = sorted(example["numbers"])
-        if len(numbers) == 3 and numbers[-1] < 10:  # it may be a toy problem
-            return f"{self.name}/{numbers}/{example['target']}"
-        return super().key(example)
+        return f"{self.name}/{sorted(example['numbers'])}/{example['target']}"
 
 
-def right_cells(digits: str, example: dict) -> float:
+def right_cells(digits, example):
     """Share of a sudoku's empty cells that are right. Digits that are missing are wrong."""
-    empty = [i for i, c in enumerate(example["puzzle"]) if c == "0"]
-    filled = digits.ljust(16, "0")
-    return sum(filled[i] == example["solution"][i] for i in empty) / max(len(empty), 1)
+    cells = zip(example["puzzle"], example["solution"], digits.ljust(16, "0"), strict=False)
+    right = [cell == solution for given, solution, cell in cells if given == "0"]
+    return sum(right) / max(len(right), 1)
 
 
 class Sudoku(Task):
-    """4x4 sudoku with one solution."""
+    """4x4 sudoku. Any solution is right, and cells are counted by the one in the file."""
 
     name = official_name = "sudoku"
     score = "cells"
@@ -2389,19 +2626,18 @@ class Sudoku(Task):
     def parse(self, row):
         row = {column.lower(): str(value) for column, value in row.items()}
         puzzle, solution = row["puzzle"].zfill(16), row["solution"]
-        if not (re.fullmatch("[0-4]{16}", puzzle) and re.fullmatch("[1-4]{16}", solution)):
-            raise ValueError("puzzle and solution must have 16 digits")
+        if not (re.fullmatch("[0-4]{16}", puzzle) and solves(solution, puzzle)):
+            raise ValueError("puzzle and solution must have 16 digits, and the solution must solve the puzzle")
         return {"puzzle": puzzle, "solution": solution}
 
     def own_rewards(self, completion, example):
-        answer = "".join(answers(completion)[-1:])
-        digits = itertools.islice(filter(str.isdigit, answer), 16)
-        return {"sudoku": right_cells("".join(digits), example)}
+        grade = self.own_grade(completion, example)
+        return {"sudoku": 1.0 if grade.correct else min(grade.score, 15 / 16)}
 
     def own_grade(self, completion, example):
-        found = last_answer(completion)
-        digits = "".join((found or "").split())
-        return Grade(digits == example["solution"], right_cells(digits, example), found)
+        answer = last_answer(completion)
+        grid = read_grid(answer)
+        return Grade(solves(grid, example["puzzle"]), right_cells(grid, example), answer)
 
     def key(self, example):
         """[D15] official's test puzzles share solution grids with training. here: no grid is in two splits."""
@@ -2412,7 +2648,7 @@ class Sudoku(Task):
         return super().of_record(record) | {"puzzle": puzzle}
 
 
-TASKS: dict[str, Task] = {
+TASKS = {
     "gsm8k": Gsm8k(),
     "math500": Math500(),
     "count": Countdown(),
@@ -2420,7 +2656,7 @@ TASKS: dict[str, Task] = {
 }
 
 
-def grade_generation(task: str, row: dict, mode: str = "strict") -> Grade:
+def grade_generation(task, row, mode="strict"):
     """The grade of one reply of a generations file, a row {"question", "generations": the text, "ground_truth"}.
 
     mode "strict" grades as we do, "official" as the official parser. ValueError on another task or mode.
@@ -2459,21 +2695,27 @@ PAPER_TABLE1 = {  # LLaDA-8B-Instruct at 128 / 256 / 512, d1 Table 1; a star mar
     },
 }
 ROW_TITLES = {"base": "base", "sft": "+SFT", "diffu_grpo": "+diffu-GRPO", "d1": "d1"}
-DECODING = ("remasking", "eval_steps", "allow_edits", "edit_share", "cache", "refresh", "threshold")  # of evaluation
+DECODING = "remasking eval_steps allow_edits edit_share cache refresh threshold".split()  # of evaluation
 
 
 def other_decoding(cfg):
     """The settings of evaluation that are not the paper's. They belong to every figure that is made with them."""
-    others = [name for name in DECODING if getattr(cfg, name) != Settings.default(name)]
-    return {name: getattr(cfg, name) for name in others}
+    chosen = {name: getattr(cfg, name) for name in DECODING}
+    return {name: value for name, value in chosen.items() if value != Settings.default(name)}
 
 
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % Wilson interval of a share, in [0, 1]."""
+def wilson(hits, n, z=1.96):
+    """95 % Wilson interval (low, high) of a share of hits among n, in [0, 1]."""
     p, z2 = hits / n, z * z / n
     middle = p + z2 / 2
     half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n))
     return max((middle - half) / (1 + z2), 0.0), min((middle + half) / (1 + z2), 1.0)
+
+
+def percent(share, n):
+    """A share of n replies in percent, as a text with its interval."""
+    low, high = wilson(share * n, n)
+    return f"{100 * share:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def evaluation_prompts(tokenizer, task, examples, cfg):
@@ -2486,23 +2728,15 @@ def evaluation_prompts(tokenizer, task, examples, cfg):
 
 
 @torch.no_grad()
-def generate(
-    model,
-    tokenizer,
-    prompts: list[list[int]],
-    cfg: Settings,
-    gen_length: int,
-    todo: Sequence[int] | None = None,  # numbers of the prompts to answer, None = all
-) -> Iterator[list[tuple[int, dict]]]:
-    """Greedy replies to this process's share of the prompts, batch by batch.
+def generate(model, tokenizer, prompts, cfg, gen_length, todo=None):
+    """Greedy replies to this process's share of the prompts, which are lists of ids, batch by batch.
 
-    Yields pairs (number, {"generations", "effective_tokens", "ended"}): the text, the number of tokens before the
-    EOS, and whether the EOS came.
+    todo: the numbers of the prompts to answer, None = all. Yields lists of pairs (number of the prompt,
+    {"generations", "effective_tokens", "ended"}): the text, the number of tokens before the EOS, whether the EOS came.
     """
     model.eval()  # all of it: a layer in training mode that checkpoints gradients would keep no keys and values
     check_positions(model, max(map(len, prompts)) + gen_length)
-    device = next(model.parameters()).device
-    eos_id = tokenizer.eos_token_id
+    device, eos_id = next(model.parameters()).device, tokenizer.eos_token_id
 
     order = range(len(prompts)) if todo is None else todo
     order = sorted(order, key=lambda i: len(prompts[i]))  # prompts of one length pad least
@@ -2531,7 +2765,7 @@ def generate(
         yield [(i, dict(generations=text, effective_tokens=size, ended=end)) for i, text, size, end in replies]
 
 
-def heldout_score(tokenizer, task: Task, problems: Sequence[dict], cfg: Settings) -> Callable[[Any], float]:
+def heldout_score(tokenizer, task, problems, cfg):
     """A function that scores a model by the mean grade of its greedy replies to held-out problems.
 
     All processes must call it together, and all have the score of all problems.
@@ -2549,8 +2783,8 @@ def heldout_score(tokenizer, task: Task, problems: Sequence[dict], cfg: Settings
     return score
 
 
-def entry_of(task, row, gen_length, records, examples, cfg):
-    """An entry of eval.json, with strict accuracy and its interval, the official score, and how replies look."""
+def figures_of(task, records, examples):
+    """What is measured on replies: strict accuracy with its interval, the official score, and how the replies look."""
     pairs = [(record["generations"], example) for record, example in zip(records, examples, strict=True)]
     grades = official = [task.grade(*pair) for pair in pairs]
     if task.official:
@@ -2558,25 +2792,23 @@ def entry_of(task, row, gen_length, records, examples, cfg):
 
     n, hits = len(records), sum(grade.correct for grade in grades)
     low, high = wilson(hits, n)
-    entry = dict(task=task.name, row=row, gen_length=gen_length, n=n, accuracy=hits / n, low=low, high=high)
+    figures = dict(n=n, accuracy=hits / n, low=low, high=high)
     if task.score:
-        entry[task.score] = sum(grade.score for grade in grades) / n
-    entry["official"] = sum(grade.score for grade in official) / n
-    entry["answered"] = sum(grade.answer is not None for grade in grades) / n
+        figures[task.score] = sum(grade.score for grade in grades) / n
+    figures["official"] = sum(grade.score for grade in official) / n
+    figures["answered"] = sum(grade.answer is not None for grade in grades) / n
 
     for figure in "effective_tokens", "ended":
-        entry[figure] = sum(record[figure] for record in records) / n
-    for name in "model", "seed", "limit", "data", *DECODING:
-        entry[name] = getattr(cfg, name)
-    return entry
+        if all(figure in record for record in records):  # the official code writes neither
+            figures[figure] = sum(record[figure] for record in records) / n
+    return figures
 
 
-def finished_replies(path, stamp):
-    """Replies that an earlier evaluation, whole or stopped, left for the same prompts and weights, by number."""
-    whole = read_json(path)
-    done = dict(enumerate(whole["generations"])) if whole.get("stamp") == stamp else {}
+def finished_replies(path):
+    """Replies by number that an earlier evaluation for the same figure, whole or stopped, left in file and logs."""
+    done = dict(enumerate(read_json(path).get("generations", ())))
     for log in path.with_suffix(".parts").glob("*"):
-        done |= {i: reply for written_for, i, reply in read_log(log) if written_for == stamp}
+        done |= dict(read_log(log))
     return done
 
 
@@ -2587,13 +2819,13 @@ def weights_seen(model):
     return sums + [scaling for scaling in scalings if isinstance(scaling, dict)]
 
 
-def log_replies(batches, log, stamp, screen, most):
+def log_replies(batches, log, screen, most):
     """This process's replies by number. Each batch goes into the log at once, so that a stop loses none of it."""
     replies = {}
     with log.open("a", encoding="utf-8") as f:
         f.write("\n")  # ends a line that a kill may have cut short
         for batch in batches:
-            f.writelines(json.dumps([stamp, *reply]) + "\n" for reply in batch)
+            f.writelines(json.dumps(reply) + "\n" for reply in batch)
             f.flush()
             replies |= dict(batch)
             screen.advance({}, min(len(batch) * processes().num_processes, most))
@@ -2601,29 +2833,31 @@ def log_replies(batches, log, stamp, screen, most):
 
 
 def merge_entries(path, entries):
-    """Write entries into eval.json, in the place of earlier ones of the same task, row, length, data and decoding."""
+    """Write entries into eval.json, in the place of earlier ones of the same task, row, length and stamp."""
     merged = {}
     with refusing(f"cannot read {path}"):
         earlier = json.loads(path.read_text()) if path.exists() else []
         for entry in [*earlier, *entries]:
-            what = tuple(entry[name] for name in ("task", "row", "gen_length", "data"))
-            merged[what, tuple(map(entry.get, DECODING))] = entry
+            what = entry["task"], entry["row"], entry["gen_length"]
+            merged[what, entry.get("stamp", str(entry))] = entry
     write_json(path, list(merged.values()))
 
 
-def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, out: Path, screen: Screen) -> list[dict]:
+def evaluate(model, tokenizer, task, examples, cfg, row, out, screen):
     """The entries of eval.json for one model and task, with its accuracy at every length.
 
     row: the row of Table 1 that the model belongs to. The entries are merged into the file, and the replies are left
-    in the folder generations. An evaluation that was stopped goes on where it was.
+    in the folder generations. An evaluation that was stopped goes on where it was. The stamp in an entry and in its
+    file's name is a digest of all that decides the figure: weights, problems and settings.
     """
     from accelerate.utils import broadcast_object_list, gather_object
 
     prompts, cut = evaluation_prompts(tokenizer, task, examples, cfg)
     if cut:
         screen.say(f"{cut} of {len(prompts)} prompts are over --max_prompt {cfg.max_prompt}: cut on the left")
-    weights = weights_seen(model)
-    how = [getattr(cfg, name) for name in ("block_length", "seed", *DECODING)]
+    truths = [task.ground_truth(example) for example in examples]
+    how = {name: getattr(cfg, name) for name in ("preset", "max_prompt", "block_length", "seed", "reward", *DECODING)}
+    decides = weights_seen(model), prompts, truths, how
     label = f"{row}_{Path(cfg.data).stem}" if cfg.data else row
     label += "".join(f"_{name}_{value}" for name, value in other_decoding(cfg).items())
 
@@ -2631,16 +2865,17 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
     for length in cfg.lengths():
         began = time.perf_counter()
         steps = cfg.eval_steps or length // 2
-        path = out / "generations" / f"{task.official_name}_{label}_{length}_{steps}_0_generations.json"
-        stamp = hashlib.sha256(repr((weights, prompts, length, how)).encode()).hexdigest()[:16]
+        stamp = hashlib.sha256(repr((length, decides)).encode()).hexdigest()[:8]
+        name = f"{task.official_name}_{label}_{stamp}_{length}_{steps}_0_generations.json"
+        path = out / "generations" / name
         parts = path.with_suffix(".parts")  # the logs, one a process
         parts.mkdir(parents=True, exist_ok=True)
 
-        done = broadcast_object_list([finished_replies(path, stamp)])[0]  # the main process's, for all
+        done = broadcast_object_list([finished_replies(path)])[0]  # the main process's, for all
         todo = [i for i in range(len(prompts)) if i not in done]
         screen.start(f"eval {row} {length}", len(prompts), len(done))
         batches = generate(model, tokenizer, prompts, cfg, length, todo)
-        fresh = log_replies(batches, parts / f"{processes().process_index}.jsonl", stamp, screen, len(prompts))
+        fresh = log_replies(batches, parts / f"{processes().process_index}.jsonl", screen, len(prompts))
         screen.stop()
         for replies in gather_object([fresh]):
             done |= replies
@@ -2650,7 +2885,7 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
                 "question": task.question(example),
                 "prompt_input": tokenizer.decode(prompts[i]),
                 **done[i],
-                "ground_truth": task.ground_truth(example),
+                "ground_truth": truths[i],
             }
             for i, example in enumerate(examples)
         ]
@@ -2661,12 +2896,14 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
             "gen_length": length,
             "diffusion_steps": steps,
             "block_length": cfg.block_length,
-            "stamp": stamp,
         }
         write_json(path, content)
         processes().wait_for_everyone()
         shutil.rmtree(parts, ignore_errors=True)
-        entries.append(entry_of(task, row, length, records, examples, cfg) | {"prompts_cut": cut})
+
+        entry = {"task": task.name, "row": row, "gen_length": length} | figures_of(task, records, examples) | how
+        entry |= {"model": cfg.model, "data": cfg.data, "limit": cfg.limit, "prompts_cut": cut, "stamp": stamp}
+        entries.append(entry)
 
     merge_entries(out / "eval.json", entries)
     return entries
@@ -2675,33 +2912,26 @@ def evaluate(model, tokenizer, task: Task, examples, cfg: Settings, row: str, ou
 def table_lines(task, row, made, lengths, cfg):
     """Lines of the results table for the entries `made`, by length: strict accuracy, then the other scores."""
     one = next(iter(made.values()))
-
-    def line(title, name, texts, n):
-        return [title, name, *(texts.get(length, "-") for length in lengths), n]
-
-    texts = {
-        length: f"{100 * e['accuracy']:.1f} [{100 * e['low']:.0f}, {100 * e['high']:.0f}]"
-        for length, e in made.items()
-    }
-    standin = cfg.preset == "tiny" and task in ("gsm8k", "math500") and not one["data"]
-    lines = [line(f"{task} (stand-in)" if standin else task, ROW_TITLES[row], texts, one["n"])]
-
+    shown = {ROW_TITLES[row]: {length: percent(e["accuracy"], e["n"]) for length, e in made.items()}}
     for score, scale in ("official", 100), ("cells", 100), ("mean_reward", 1):
-        if score not in one or (score == "official" and task not in TASKS):
-            continue
-        texts = {length: f"{scale * e[score]:.1f}         " for length, e in made.items()}  # as wide as an interval
-        if score == "official" and origin_of(cfg.model) == ALIASES["llada/llada-8b-instruct"]:  # as the paper's
-            figures = PAPER_TABLE1.get(task, {}).get(row, "").split()
-            for length, figure in zip((128, 256, 512), figures, strict=False):
-                texts[length] = f"{texts.get(length, '-').strip()} (paper {figure})"
-        lines.append(line("", score, texts, ""))
-    return lines
+        if score in one and (score != "official" or task in TASKS):
+            shown[score] = {length: f"{scale * e[score]:.1f}         " for length, e in made.items()}  # padded
+
+    if origin_of(cfg.model) == ALIASES["llada/llada-8b-instruct"]:  # the official score is as the paper's
+        figures = PAPER_TABLE1.get(task, {}).get(row, "").split()
+        for length, figure in zip((128, 256, 512), figures, strict=False):
+            shown["official"][length] = f"{shown['official'].get(length, '-').strip()} (paper {figure})"
+
+    standin = cfg.preset == "tiny" and task in ("gsm8k", "math500") and not one["data"]
+    title, n = f"{task} (stand-in)" if standin else task, one["n"]
+    for name, texts in shown.items():
+        yield [title, name, *(texts.get(length, "-") for length in lengths), n]
+        title = n = ""
 
 
-def results_table(screen: Screen, entries: list[dict], cfg: Settings):
+def results_table(screen, entries, cfg):
     """Show rows x tasks x lengths with 95 % intervals, and the paper's figure beside each if the model is LLaDA."""
-    lengths = sorted({entry["gen_length"] for entry in entries})
-    lines = []
+    lengths, lines = sorted({entry["gen_length"] for entry in entries}), []
     for (task, row), group in itertools.groupby(entries, operator.itemgetter("task", "row")):
         made = {entry["gen_length"]: entry for entry in group}
         lines += table_lines(task, row, made, lengths, cfg)
@@ -2720,8 +2950,8 @@ def results_table(screen: Screen, entries: list[dict], cfg: Settings):
 # %% Part III. The program
 
 # %% 16. Data — App. D: files and hub sets, the corpus of stage 1, the splits of stage 2, and generated toy worlds
-ROW_FILES = (".jsonl", ".json", ".csv", ".parquet")
-TEXT_FILES = (".txt", ".md")
+ROW_FILES = ".jsonl .json .csv .parquet".split()
+TEXT_FILES = [".txt", ".md"]
 
 
 def check_source(data, kinds=ROW_FILES):
@@ -2744,19 +2974,17 @@ def hub_rows(data, split):
         yield from datasets.load_dataset(*data.split(":"), split=split, streaming=True)
 
 
-def jsonl_rows(path, data):
+def jsonl_rows(path):
     """Rows of a JSONL file. UserError names the line that is no JSON."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        with refusing(f"cannot read line {number} of {data}"):
+        with refusing(f"cannot read line {number} of {path}"):
             rows += [json.loads(line)] if line.strip() else []
     return rows
 
 
-def read_rows(data: str, split: str) -> list[dict]:
-    """Rows of a local JSONL, JSON, CSV or Parquet file, or of a hub set owner/name[:config]."""
-    import datasets
-
+def read_rows(data, split):
+    """Rows of a local JSONL, JSON, CSV or Parquet file, or of a hub set owner/name[:config], as dicts."""
     path = Path(check_source(data))
     with refusing(f"cannot read {data}"):
         if path.suffix == ".csv":  # every column is read as text, since the leading zeros of a puzzle are digits
@@ -2766,9 +2994,11 @@ def read_rows(data: str, split: str) -> list[dict]:
         elif path.suffix == ".json":
             rows = json.loads(path.read_text(encoding="utf-8-sig"))
         elif path.suffix == ".jsonl":
-            rows = jsonl_rows(path, data)
-        elif path.suffix == ".parquet":  # streamed, so that nothing is left in a cache or read from an old one
-            rows = list(datasets.load_dataset("parquet", data_files=data, split="train", streaming=True))
+            rows = jsonl_rows(path)
+        elif path.suffix == ".parquet":
+            from pyarrow.parquet import ParquetFile  # it takes no name for a pattern, and keeps no cache
+
+            rows = ParquetFile(path).read().to_pylist()
         else:
             stream = hub_rows(data, "test" if split == "test" else "train")
             rows = list(itertools.islice(stream, HUB_ROWS))
@@ -2791,10 +3021,12 @@ def column_text(place, rows):
 def texts_of(data):
     """The texts of a file, of the files in a folder or of a streamed hub set, as they are needed."""
     path = Path(data)
-    files = [path]
-    if not path.is_file():
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_FILES + ROW_FILES)
-    if path.exists() and not files:
+    if not path.exists():
+        yield from column_text(path, hub_rows(data, "train"))
+        return
+    found = [path] if path.is_file() else path.rglob("*")
+    files = sorted(file for file in found if file.suffix in TEXT_FILES + ROW_FILES)
+    if not files:
         raise UserError(f"{data} holds no {', '.join(TEXT_FILES + ROW_FILES)} file")
 
     for file in files:
@@ -2804,9 +3036,6 @@ def texts_of(data):
             yield text
         else:
             yield from column_text(file, read_rows(str(file), "train"))
-
-    if not files:
-        yield from column_text(path, hub_rows(data, "train"))
 
 
 def pack(texts, tokenizer, length, limit):
@@ -2829,20 +3058,39 @@ def pack(texts, tokenizer, length, limit):
 
 def pretraining_rows(cfg, tokenizer, screen):
     """Packed text as pairs (ids, no prompt), as much of it as the updates need."""
-    used = cfg.steps_sft * cfg.bs_sft * cfg.sft_length
-    needed = used * 102 // 100 + cfg.sft_length  # 1 % is held out
+    length = cfg.sft_length
+    used = cfg.steps_sft * cfg.bs_sft * length
     texts = texts_of(cfg.data) if cfg.data else world_texts(cfg.seed)
-    rows = pack(texts, tokenizer, cfg.sft_length, needed)
+    rows = pack(texts, tokenizer, length, used * 102 // 100 + length)  # 1 % is held out
 
     size = rows.numel()
     screen.say(
-        f"{cfg.data or 'generated text'}: {size:,} tokens in rows of {cfg.sft_length}; "
+        f"{cfg.data or 'generated text'}: {size:,} tokens in rows of {length}; "
         f"{cfg.steps_sft:,} updates see {used:,}, {used / size:.1f} epochs"
     )
     return [(row, 0) for row in rows]
 
 
 # Prompts and replies, for stage 1
+def read_chat(messages):
+    """A chat with one text as the content of each message, which may be given in parts. ValueError if it is none."""
+
+    def whole(parts):  # a text, or a list such as [{"type": "text", "text": "Hello"}]
+        return "".join(part if isinstance(part, str) else part["text"] for part in parts)
+
+    with refusing("a chat must be a list of messages with role and content", ValueError):
+        chat = [m | {"role": whole(m["role"]), "content": whole(m["content"])} for m in messages]
+        if not chat:
+            raise ValueError("it is empty")
+    return chat
+
+
+class Turn(tuple):
+    """A pair (ids, prompt_len) of a chat with several. The chat is known by `chat`, the ids of its first pair."""
+
+    chat = ()
+
+
 def chat_turns(tokenizer, messages, size):
     """A pair (ids, prompt_len) for each turn of the assistant, with all that was said before it as the prompt.
 
@@ -2851,16 +3099,14 @@ def chat_turns(tokenizer, messages, size):
     """
     import jinja2
 
-    def is_message(m):
-        return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-
-    no_chat = [([], size)]
-    if not isinstance(messages, list) or not all(map(is_message, messages)):
-        return no_chat
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i > 0]
-    with contextlib.suppress(jinja2.TemplateError):  # a template may refuse a system text, or two turns of one speaker
-        return [encode_example(tokenizer, messages[:i], messages[i]["content"]) for i in turns] or no_chat
-    return no_chat
+    turns = []
+    with contextlib.suppress(ValueError, jinja2.TemplateError):  # a template may refuse a system text, for example
+        chat = read_chat(messages)
+        replies = [i for i, m in enumerate(chat) if m["role"] == "assistant" and i > 0]
+        turns = [Turn(encode_example(tokenizer, chat[:i], chat[i]["content"])) for i in replies]
+    for turn in turns:
+        turn.chat = turns[0][0]
+    return turns or [([], size)]
 
 
 def encode_trace(tokenizer, row, size):
@@ -2868,9 +3114,8 @@ def encode_trace(tokenizer, row, size):
 
     A row with other columns becomes a pair that is all prompt.
     """
-    question, reply = row.get("question"), row.get("reply")
-    thoughts, attempt = row.get("thinking_trajectories"), row.get("attempt")  # s1K
-    answer = row.get("answer")
+    columns = "question", "reply", "answer", "thinking_trajectories", "attempt"  # the last two are of s1K
+    question, reply, answer, thoughts, attempt = map(row.get, columns)
     if reply is None and isinstance(answer, str) and "####" in answer:  # GSM8K
         thoughts, attempt = map(str.strip, answer.split("####", 1))
 
@@ -2909,15 +3154,13 @@ def sft_rows(cfg, tokenizer, tasks, screen):
     if cfg.sft_data in ("", "talk"):
         return generated_traces(cfg, tokenizer, tasks, screen)
 
-    size, traces = cfg.sft_length, []  # traces: (number of the row, ids, prompt_len)
+    size, traces = cfg.sft_length, []  # traces: (number of the row, its pair)
     for number, row in enumerate(read_rows(cfg.sft_data, "train"), 1):
-        if "messages" in row:
-            pairs = chat_turns(tokenizer, row["messages"], size)
-        else:
-            pairs = [encode_trace(tokenizer, row, size)]
-        traces += [(number, *pair) for pair in pairs]
+        is_chat = "messages" in row
+        pairs = chat_turns(tokenizer, row["messages"], size) if is_chat else [encode_trace(tokenizer, row, size)]
+        traces += [(number, pair) for pair in pairs]
 
-    rows = [(ids, prompt_len) for _, ids, prompt_len in traces if prompt_len < size]
+    rows = [pair for _, pair in traces if pair[1] < size]
     if not rows:
         raise UserError(
             f"{cfg.sft_data}: no usable row; needs texts in the columns question, thinking_trajectories, "
@@ -2926,19 +3169,31 @@ def sft_rows(cfg, tokenizer, tasks, screen):
         )
     screen.say(f"{cfg.sft_data}: {len(rows)} traces")
 
-    bad = [number for number, _, prompt_len in traces if prompt_len >= size]
-    long = [number for number, ids, prompt_len in traces if len(ids) > size > prompt_len]
-    say_rows(screen, bad, "left out, malformed or without room for a reply")
-    say_rows(screen, long, f"cut at --sft_length {size}")
+    bad = [number for number, (_, prompt_len) in traces if prompt_len >= size]
+    long = [number for number, (ids, prompt_len) in traces if len(ids) > size > prompt_len]
+    told = {"left out, malformed or without room for a reply": bad, f"cut at --sft_length {size}": long}
+    for what, numbers in told.items():
+        if numbers:
+            first = ", ".join(map(str, numbers[:8]))
+            screen.say(f"  {len(numbers)} {what}: row {first}{', ...' if len(numbers) > 8 else ''}")
     return rows
 
 
-def say_rows(screen, numbers, what):
-    """Print how many rows something was done to, and the numbers of the first eight."""
-    if numbers:
-        first = ", ".join(map(str, numbers[:8]))
-        more = ", ..." if len(numbers) > 8 else ""
-        screen.say(f"  {len(numbers)} {what}: row {first}{more}")
+def hold_out(rows, seed):
+    """(rows to train on, 1 % of the rows for the held-out check), which share no row and no chat.
+
+    The second is None if that cannot be, as all rows are one.
+    """
+    chats = collections.defaultdict(list)
+    for i in visits(seed, "sft_heldout", 0, len(rows), len(rows)):
+        chats[tuple(getattr(rows[i], "chat", rows[i][0]))].append(rows[i])
+
+    most = max(len(rows) // 100, min(map(len, chats.values())))
+    kept, heldout = [], []
+    for chat in chats.values():
+        part = heldout if len(heldout) + len(chat) <= most else kept
+        part += chat
+    return (kept, heldout) if kept else (rows, None)
 
 
 # Problems, for stage 2 and evaluation
@@ -2948,9 +3203,9 @@ def problems_of(cfg, task, split):
     The rows of a source are split by their hashes. The test split of a hub set is the test if it has one, and then
     train and heldout share the rest. With --eval_only all rows of a file are the test.
     """
-    source = cfg.data
+    source, is_test = cfg.data, split == "test"
     if not source and cfg.preset != "tiny":
-        source = (task.hub_test if split == "test" else "") or task.hub
+        source = task.hub_test if is_test and task.hub_test else task.hub
     if not source:
         batches = -(-cfg.steps_rl // cfg.mu) * cfg.grad_accum
         draws = batches * (cfg.bs_rl // cfg.group)
@@ -2958,21 +3213,19 @@ def problems_of(cfg, task, split):
         return task.examples(split, sizes[split], seed=cfg.seed if split == "train" else 0)
 
     has_test = has_test_split(source)
-    rows = task.examples("test" if split == "test" and has_test else "train", data=source)
+    rows = task.examples("test" if is_test and has_test else "train", data=source)
     if source == task.hub:
         rows = [row for row in rows if task.hub_keeps(row)]
 
-    all_are_test = split == "test" and (has_test or (cfg.eval_only and cfg.data))
+    all_are_test = is_test and (has_test or (cfg.eval_only and cfg.data))
     if not all_are_test:
         parts = (split, "test") if split == "train" and has_test else (split,)
         rows = [row for row in rows if split_of(task.key(row)) in parts]
     if not rows:
         raise UserError(f"{source} has no problems for the {split} split")
 
-    if split != "test":
-        return rows
     most = cfg.limit or (0 if cfg.data else task.tests)
-    return rows[: most or None]
+    return rows[: most or None] if is_test else rows
 
 
 def has_test_split(source):
@@ -2982,9 +3235,8 @@ def has_test_split(source):
     with refusing(f"cannot read {source}; without a network give a local file"):
         if Path(source).is_file():
             return False
-        name, _, config = source.partition(":")
-        ask_hub(name, "dataset")
-        return "test" in datasets.get_dataset_split_names(name, config or None)
+        ask_hub(source.partition(":")[0], "dataset")
+        return "test" in datasets.get_dataset_split_names(*source.split(":"))
 
 
 def say_sizes(task, splits, screen):
@@ -2993,6 +3245,22 @@ def say_sizes(task, splits, screen):
     sizes = ", ".join(f"{name} {len(rows):,} ({len(keys[name]):,} different)" for name, rows in splits.items())
     shared = sum(len(keys[a] & keys[b]) for a, b in itertools.combinations(keys, 2))
     screen.say(f"{task.name} problems: {sizes}; in two splits: {shared}")
+
+
+def say_source(cfg, task, splits, screen):
+    """Print what is to be known of problems from a file: sudokus with several solutions, what stage 1 may have seen."""
+    if task.name == "sudoku":
+        puzzles = {example["puzzle"] for rows in splits.values() for example in rows}
+        several = sum(len(solutions(puzzle)) > 1 for puzzle in puzzles)
+        screen.say(f"{cfg.data}: {several} of {len(puzzles)} puzzles have several solutions, and each of them is right")
+
+    if cfg.preset == "tiny" and task.name in TASKS:
+        drawn = set(map(task.key, task.examples("train", cfg.n_traces, seed=cfg.seed)))
+        seen = sum(task.key(example) in drawn for example in splits["test"])
+        screen.say(
+            f"{cfg.data}: {len(splits['test'])} test problems; {seen} of them (sudoku: their grids) are in the "
+            "embedded generator's training split too"
+        )
 
 
 # What a run works on
@@ -3007,9 +3275,7 @@ def tasks_of(cfg):
 
 def stages_passed(cfg):
     """The stages that have trained --model."""
-    if cfg.from_scratch:
-        return []
-    state = read_json(Path(cfg.model, "d1_state.json"))
+    state = {} if cfg.from_scratch else read_json(Path(cfg.model, "d1_state.json"))
     return list(state.get("stages", []))
 
 
@@ -3022,6 +3288,8 @@ def load_data(cfg, tasks, tokenizer, screen):
     """What a run works on: {task: {split: problems}}, and the rows of stage 1, which are none without that stage."""
     names = ("train", "heldout", "test") if cfg.reinforces() else ("test",) if cfg.evaluates() else ()
     splits = {task: {name: problems_of(cfg, task, name) for name in names} for task in tasks}
+    if cfg.task == "custom":
+        tasks[0].tokenizer = tokenizer
 
     if cfg.task == "pretrain":
         return splits, pretraining_rows(cfg, tokenizer, screen)
@@ -3030,36 +3298,45 @@ def load_data(cfg, tasks, tokenizer, screen):
 
 # A task of one's own
 class Custom(Task):
-    """Rows with a column "prompt", paid by a function with TRL's reward signature.
+    """Rows with a column "prompt", paid by a function that is called as TRL calls it.
 
-    reward: "FILE.py:FUNCTION", called as function(prompts=, completions=, **other columns), a list each. It returns
-    a number a completion, 1 or more for a right one. A prompt is a text, or a chat as a list of messages.
+    reward: "FILE.py:FUNCTION", called as function(prompts=, completions=, completion_ids=, **other columns), a list
+    each, and awaited if it is async. It returns a list of numbers, 1 or more for a right completion, or None for one
+    that it does not apply to. A prompt is a text or a chat. An assistant's turn at its end is continued.
     """
 
     name = official_name = "custom"
-    score, aim, asks = "mean_reward", "score", "{prompt}"
+    score, aim = "mean_reward", "score"
+    tokenizer = None  # gives the completion_ids of replies of which the text alone is known
 
     def __init__(self, reward, pay_errors_zero=False):
-        self.path, _, function = reward.rpartition(":")
-        self.pay_errors_zero, self.failed = pay_errors_zero, 0
+        self.pay_errors_zero, self.failed, self.loop = pay_errors_zero, 0, asyncio.Runner()
+        self.columns = {}  # the names of the columns that any row has
         with refusing(f"--reward {reward} must be FILE.py:FUNCTION, and is not"):
-            self.function = runpy.run_path(self.path)[function]
+            path, _, function = reward.rpartition(":")
+            self.path = Path(path).resolve(strict=True)
+            sys.path.insert(0, str(self.path.parent))  # it may import its neighbours, as a script does
+            sys.modules.pop(self.path.stem, None)  # an earlier file of that name
+            self.function = vars(importlib.import_module(self.path.stem))[function]
 
     def generate(self, rng):
         raise UserError("--task custom has no traces for stage 1: give --sft_data, --skip_sft, or --model ckpt/sft")
 
     def parse(self, row):
-        prompt = row["prompt"]
-        texts = [prompt]
-        if not isinstance(prompt, str):
-            texts = [m[part] for m in prompt for part in ("role", "content")]
-        if not texts or not all(isinstance(text, str) and text for text in texts):
-            raise ValueError("column 'prompt' must be a text or a list of messages with role and content")
+        taken = {"prompts", "completions", "completion_ids"} & row.keys()
+        if taken:
+            raise ValueError(f"column {min(taken)!r} has the name of what the function is given besides the columns")
+        if not self.messages(row)[-1]["content"]:
+            raise ValueError("the prompt is empty")
+        self.columns |= row
         return dict(row)
 
     def messages(self, example, system=None):
         prompt = example["prompt"]
-        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return read_chat([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+
+    def question(self, example):
+        return "\n\n".join(m["content"] for m in self.messages(example))
 
     def ground_truth(self, example):
         return {column: value for column, value in example.items() if column != "prompt"}
@@ -3069,29 +3346,46 @@ class Custom(Task):
             values = self.call(completions, examples)
         except (Exception, SystemExit) as e:
             frames = traceback.extract_tb(e.__traceback__)
-            lines = [f", line {frame.lineno}" for frame in frames if frame.filename == self.path]
-            what = f"--reward: {self.path}{''.join(lines[-1:])}: {type(e).__name__}: {e}"
+            lines = [f", line {frame.lineno}" for frame in frames if frame.filename == str(self.path)]
+            words = " ".join(str(e).split())
+            what = f"--reward: {self.path}{''.join(lines[-1:])}: {type(e).__name__}: {words}"
 
             if not self.pay_errors_zero:
                 raise UserError(f"{what}; --reward_errors zero pays 0 and goes on") from e
-            values, self.failed = [0.0] * len(completions), self.failed + 1
+            values, self.failed = [0] * len(completions), self.failed + 1
             if self.failed.bit_count() == 1:  # the first time, the second, the fourth, the eighth ...
                 print(f"d1_full.py: {what}; paid 0, {self.failed} calls so far", file=sys.stderr)
 
-        return [{"reward": float(value)} for value in values]
+        return [{"reward": float(value or 0)} for value in values]
 
     def call(self, completions, examples):
         """What the function pays for each completion. It raises whatever the function does."""
-        prompts = [example["prompt"] for example in examples]
-        replies = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for text, prompt in zip(completions, prompts, strict=True)
-        ]
-        columns = {name: [e.get(name) for e in examples] for name in self.ground_truth(examples[0])}
+        given, replies = [], []
+        for text, example in zip(completions, examples, strict=True):
+            example = copy.deepcopy(example)  # the function may change what it is given
+            if self.tokenizer:
+                example.setdefault("completion_ids", self.tokenizer.encode(text, add_special_tokens=False))
+            if not isinstance(example["prompt"], str):
+                last = self.messages(example)[-1]
+                if last["role"] == "assistant":  # as in TRL, what the assistant had begun belongs to its reply
+                    example["prompt"].pop()
+                    text = last["content"] + text
+                text = [{"role": "assistant", "content": text}]
+            given.append(example)
+            replies.append(text)
 
-        values = self.function(prompts=prompts, completions=replies, **columns)
-        if len(values) != len(completions) or not all(math.isfinite(value) for value in values):
-            raise ValueError(f"{len(completions)} completions need as many finite numbers, not {str(values)[:80]}")
+        names = itertools.chain(self.columns, *given)
+        columns = {name: [example.get(name) for example in given] for name in names}
+        values = self.function(prompts=columns.pop("prompt"), completions=replies, **columns)
+        if inspect.isawaitable(values):
+            values = self.loop.run(values)
+        if hasattr(values, "tolist"):  # an array or a tensor
+            values = values.tolist()
+        good = isinstance(values, list | tuple) and len(values) == len(replies)
+        if not good or not all(value is None or math.isfinite(value) for value in values):
+            raise ValueError(f"{len(replies)} completions need as many finite numbers in a list, not {values!s:.80}")
+        if values.count(None) == len(values) > 1:
+            raise ValueError("None for all completions, which leaves nothing to learn from")
         return values
 
     def own_rewards(self, completion, example):
@@ -3125,18 +3419,14 @@ class WordProblems(Toy):
     """Stand-ins for GSM8K: apples that are bought one by one or in bags."""
 
     def generate(self, rng):
-        in_bags = rng.random() < 0.3
-        a = rng.randint(1, 9)
+        in_bags, a = rng.random() < 0.3, rng.randint(1, 9)
+        limits = (2, 5) if in_bags else (1, 9)
+        b, c = rng.randint(*limits), rng.randint(*limits)
+        bought, total = f"{b} more and buys {c} more", a + b + c
+        work = f"{a}+{b}={a + b}\n{a + b}+{c}={total}"
         if in_bags:
-            b, c = rng.randint(2, 5), rng.randint(2, 5)
-            total = a + b * c
-            bought = f"{b} bags of {c}"
+            bought, total = f"{b} bags of {c}", a + b * c
             work = f"{b}*{c}={b * c}\n{b * c}+{a}={total}"
-        else:
-            b, c = rng.randint(1, 9), rng.randint(1, 9)
-            total = a + b + c
-            bought = f"{b} more and buys {c} more"
-            work = f"{a}+{b}={a + b}\n{a + b}+{c}={total}"
 
         question = f"Tom has {a} apples and buys {bought}. How many now?"
         return {"question": question, "answer": str(total), "work": work}
@@ -3171,8 +3461,7 @@ class SmallNumbers(Toy):
         (a, b, c), target = example["numbers"], example["target"]
         middle = {"+": a + b, "-": a - b, "*": a * b}
         if careful:
-            signs = itertools.product("+-", repeat=2)
-            right = [x + y for x, y in signs if middle[x] > 0 and middle[x] + int(f"{y}{c}") == target]
+            right = [x + y for x in "+-" for y in "+-" if middle[x] > 0 and middle[x] + int(f"{y}{c}") == target]
             first, second = rng.choice(right)
         else:
             first, second = rng.choices("+-*", weights=(1, 1, 8), k=2)  # it is fond of products
@@ -3184,14 +3473,23 @@ class SmallNumbers(Toy):
         return work, f"{a}{first}{b}{second}{c}"
 
 
+def solutions(puzzle):
+    """The grids that a 4x4 sudoku, of 16 digits with 0 for empty, can be completed to."""
+    cell = puzzle.find("0")
+    if cell < 0:
+        return [puzzle]
+
+    row, column = divmod(cell, 4)
+    box = 8 * (row // 2) + 2 * (column // 2)  # its first cell
+    seen = puzzle[4 * row :][:4] + puzzle[column::4] + puzzle[box:][:2] + puzzle[box + 4 :][:2]
+    tries = (puzzle[:cell] + digit + puzzle[cell + 1 :] for digit in "1234" if digit not in seen)
+    return [grid for tried in tries for grid in solutions(tried)]
+
+
 @functools.cache
 def sudoku_grids():
     """The 288 complete 4x4 grids, as 16-character strings."""
-    rows = ["".join(p) for p in itertools.permutations("1234")]
-    grids = map("".join, itertools.product(rows, repeat=4))
-    columns = [range(i, 16, 4) for i in range(4)]
-    boxes = [(i, i + 1, i + 4, i + 5) for i in (0, 2, 8, 10)]
-    return tuple(grid for grid in grids if all(len({grid[i] for i in unit}) == 4 for unit in (*columns, *boxes)))
+    return solutions("0" * 16)
 
 
 class HalfEmptyGrids(Toy):
@@ -3203,9 +3501,7 @@ class HalfEmptyGrids(Toy):
         solution = rng.choice(sudoku_grids())
         empty = rng.sample(range(16), 8)
         puzzle = "".join("0" if i in empty else digit for i, digit in enumerate(solution))
-        pattern = re.compile(puzzle.replace("0", "."))
-        fitting = [grid for grid in sudoku_grids() if pattern.match(grid)]
-        return {"puzzle": puzzle, "solution": solution} if len(fitting) == 1 else None
+        return {"puzzle": puzzle, "solution": solution} if len(solutions(puzzle)) == 1 else None
 
     def solve(self, example, rng, careful):
         if careful:
@@ -3233,10 +3529,8 @@ PAIRS = (
     "rich poor, early late, loud quiet, near far, high low, open closed, strong weak, sweet sour, thick thin, "
     "happy sad, clean dirty, long short, right wrong, war peace"
 )
-PEOPLE = "Ann Ben Carl Dora Emil Fay Gus Hal Ida Jan Kim Leo Mia Ned Olga"
-ANIMALS = [fact.split() for fact in FACTS.split(", ")]
-OPPOSITES = [pair.split() for pair in PAIRS.split(", ")]
-NAMES = PEOPLE.split()
+ANIMALS, OPPOSITES = ([words.split() for words in text.split(", ")] for text in (FACTS, PAIRS))
+NAMES = "Ann Ben Carl Dora Emil Fay Gus Hal Ida Jan Kim Leo Mia Ned Olga".split()
 
 
 def world_texts(seed):
@@ -3364,7 +3658,7 @@ LLADA_FIELDS = dict(  # the same of its config's fields, but for RoPE's
 
 
 def load_model(
-    name: str,  # one of EMBEDDED, a hub id, a folder, LLaDA's format included, or an adapter folder of this script
+    name,  # one of EMBEDDED, a hub id, a folder, LLaDA's format included, or an adapter folder of this script
     *,
     dtype=None,  # None = the checkpoint's own on the CPU, bf16 on CUDA
     lora=None,  # (r, alpha, dropout, targets) as in `adapt_with_lora`; the adapter of an adapter folder stays below it
@@ -3373,7 +3667,7 @@ def load_model(
     device=None,  # None = this process's
     seed=0,  # of all random weights
     from_scratch=False,  # random weights of that shape
-) -> tuple[Any, Any]:
+):
     """Load (model, tokenizer), with model(input_ids, attention_mask=None).logits.
 
     UserError if name, files and tokenizer do not fit each other.
@@ -3629,12 +3923,14 @@ PLAIN_TEMPLATE = (  # for a tokenizer that brings none, in BERT's manner: [CLS] 
     "{{ cls_token or bos_token or '' }}"
     "{% for m in messages %}{{ m['content'] }}{{ sep_token or eos_token }}{% endfor %}"
 )
-WORDS = ("<reasoning>\n", "\n</reasoning>\n", "<answer>\n", "\n</answer>", "<reasoning>", "</reasoning>", "<answer>",
-         "</answer>", "\\boxed{", "Tom has ", " apples", " bags of ", " and buys ", " more", ". How many now?",
-         "Compute ", "Exactly: ", "Roughly: ", "I guess.", "Rows, columns and boxes.", ", ")
+WORDS = (
+    "<reasoning>\n|\n</reasoning>\n|<answer>\n|\n</answer>|<reasoning>|</reasoning>|<answer>|</answer>|\\boxed{|"
+    "Tom has | apples| bags of | and buys | more|. How many now?|Compute |Exactly: |Roughly: |I guess.|"
+    "Rows, columns and boxes.|, "
+).split("|")
 
 
-def build_tokenizer(name: str = "tiny"):
+def build_tokenizer(name="tiny"):
     """An embedded model's tokenizer: bytes, and tokens for tags, phrases, instructions. Larger ones have `Talk`'s."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -4191,14 +4487,20 @@ EXPERT = (
 )
 
 
-def official_prompts(tokenizer, task: Task, examples: Sequence[dict]) -> list[list[int]]:
+def official_prompts(tokenizer, task, examples):
     """Token ids of the questions as the official evaluation asks them: a text of its own, and the reply begun."""
     system = task.system.replace(SYSTEM, EXPERT)
     begun = tokenizer.encode("<reasoning>", add_special_tokens=False)
     return [encode_prompt(tokenizer, task.messages(example, system)) + begun for example in examples]
 
 
-def official_boxed(text: str) -> str | None:
+def answers(text):
+    """What stands in every complete <answer> block, stripped."""
+    closed = text[: text.rfind("</answer>") + len("</answer>")]  # an opener that never closes would cost quadratic time
+    return [block.strip() for block in re.findall(r"<answer>(.*?)</answer>", closed, re.DOTALL)]
+
+
+def official_boxed(text):
     """What the official parser takes for the last box, which is all of a text without one. None if it never closes."""
     if "\\boxed " in text:
         return text.split("\\boxed ")[-1].split("$")[0]
@@ -4208,7 +4510,7 @@ def official_boxed(text: str) -> str | None:
     return box[len("\\boxed{") : -1] if box and box.startswith("\\boxed{") else box
 
 
-def official_gsm8k_rewards(completion: str, example: dict) -> dict[str, float]:
+def official_gsm8k_rewards(completion, example):
     """Parts of the reward. Answers are compared as texts, and integers are digits alone."""
     found = completion.split("<answer>")[-1].split("</answer>")[0].strip()
     strict, soft = has_form(completion, flags=0, end="\n$")
@@ -4221,7 +4523,7 @@ def official_gsm8k_rewards(completion: str, example: dict) -> dict[str, float]:
     }
 
 
-def official_gsm8k_grade(completion: str, example: dict) -> Grade:
+def official_gsm8k_grade(completion, example):
     """Verdict on the first box with a number in it, else on the last number of the first <answer>."""
 
     def numbers(content):
@@ -4237,36 +4539,80 @@ def official_gsm8k_grade(completion: str, example: dict) -> Grade:
     return verdict(right, None if found is None else str(found))
 
 
-def official_math500_rewards(completion: str, example: dict) -> dict[str, float]:
+OFFICIAL_LOOKS = {  # spacing, sizing, degree and dollar signs
+    r"\n": "",
+    r"\\!": "",
+    r"\\\\": r"\\",
+    "tfrac": "frac",
+    "dfrac": "frac",
+    r"\\left": "",
+    r"\\right": "",
+    r"\^{\\circ}": "",
+    r"\^\\circ": "",
+    r"\\\$": "",
+}
+OFFICIAL_FORMS = {
+    r"(^|[ {])\.": r"\g<1>0.",  # .5 becomes 0.5
+    r"^[^=]{0,2}=([^=]*)$": r"\1",  # x=5 becomes 5
+    r"\\sqrt(?!\{)(.)": r"\\sqrt{\1}",  # \sqrt3 and \frac12 get braces
+    " ": "",
+    r"\\frac(?!\{)(.)(?:\{([^{}]*)\}|(.))": lambda m: f"\\frac{{{m[1]}}}{{{m[2] or m[3]}}}",
+}
+
+
+def normalise_latex(text):
+    """A plain form of a LaTeX answer by the rules of the official MATH grader. ValueError where they fail."""
+    text, *units = rewrite(text, OFFICIAL_LOOKS).split("\\text{ ")  # a trailing unit goes
+    text = text.replace("\\%", "")
+    if len(units) > 1 or re.search(r"\\(sqrt|frac *)(\\\1|$)", text):
+        raise ValueError("two units, or a root or fraction of nothing")
+
+    text = rewrite(text, OFFICIAL_FORMS)
+    text = "\\frac{1}{2}" if text == "0.5" else text
+    if text.count("/") == 1:
+        top, bottom = map(int, text.split("/"))
+        text = f"\\frac{{{top}}}{{{bottom}}}" if text == f"{top}/{bottom}" else text
+    return text
+
+
+def equal_latex(a, b):
+    """Whether two answers have the same plain form, or are the same text."""
+    with contextlib.suppress(ValueError):
+        return a == b or (len(a) <= 100_000 and normalise_latex(a) == normalise_latex(b))  # bounds the time
+    return False
+
+
+def official_math500_rewards(completion, example):
     """Parts of the reward. The last box is the answer, or else the whole reply."""
     right = equal_latex(official_boxed(completion) or completion, example["answer"])
     bonus = box_points(completion, box="\boxed")  # the mistyped text
     return {"correctness": 2.0 * right, "boxed_and_answer_tags": bonus}
 
 
-def official_math500_grade(completion: str, example: dict) -> Grade:
+def official_math500_grade(completion, example):
     """Verdict on the last box, on the first <answer> if that never closes, on all of a reply without a box."""
     found = official_boxed(completion) or next(iter(answers(completion)), None)
     return verdict(found is not None and equal_latex(found, example["answer"]), found)
 
 
-def official_reaches(text: str, example: dict) -> bool | None:
-    """`reaches` in floats, with what eval accepts besides. A power of floats overflows and never hangs."""
+def official_reaches(text, example):
+    """`reaches` in floats, with what eval accepts besides. A power of floats overflows and never hangs.
+
+    A line break is refused outside of brackets, as eval does.
+    """
     more = {ast.FloorDiv: operator.floordiv, ast.UAdd: operator.pos, ast.Pow: operator.pow}
-    value = None
-    if uses_numbers(text, example):
-        value = arithmetic(text, float, CHARACTERS + ".", OPERATORS | more)
-    return None if value is None else abs(value - example["target"]) < 1e-5
+    value = arithmetic(text, float, CHARACTERS + ".\n\r\t\f", OPERATORS | more)
+    return None if value is None or not uses_numbers(text, example) else abs(value - example["target"]) < 1e-5
 
 
-def official_countdown_rewards(completion: str, example: dict) -> dict[str, float]:
+def official_countdown_rewards(completion, example):
     """Reward of the last <answer>. Any answer is paid .1."""
     found = answers(completion)
     right = official_reaches("".join(found[-1:]), example)
     return {"countdown": 1.0 if right else 0.1 if found else 0.0}
 
 
-def official_countdown_grade(completion: str, example: dict) -> Grade:
+def official_countdown_grade(completion, example):
     """Verdict on the last box, on the first <answer> if that never closes, on all of a reply without a box.
 
     Of an equation its left side counts.
@@ -4281,7 +4627,13 @@ def official_countdown_grade(completion: str, example: dict) -> Grade:
     return verdict(official_reaches(found, example) is True, found)
 
 
-def official_sudoku_grade(completion: str, example: dict) -> Grade:
+def official_sudoku_rewards(completion, example):
+    """Share of empty cells that the first 16 digits of the last <answer> have right."""
+    digits = filter(str.isdigit, "".join(answers(completion)[-1:]))
+    return {"sudoku": right_cells("".join(itertools.islice(digits, 16)), example)}
+
+
+def official_sudoku_grade(completion, example):
     """Verdict on what the first of five patterns finds. A reply is right if all empty cells are."""
     inside = completion.partition("<answer>")[2]
     after = completion.partition("</answer>")[2]
@@ -4303,11 +4655,11 @@ def official_sudoku_grade(completion: str, example: dict) -> Grade:
 Gsm8k.official = Official(official_gsm8k_rewards, official_gsm8k_grade)
 Math500.official = Official(official_math500_rewards, official_math500_grade)
 Countdown.official = Official(official_countdown_rewards, official_countdown_grade)
-Sudoku.official = Official(TASKS["sudoku"].own_rewards, official_sudoku_grade)  # both pay alike
+Sudoku.official = Official(official_sudoku_rewards, official_sudoku_grade)
 
 
 # %% 20. Checkpoints, export, several processes — and who listens to a run
-def trainer_for(stage, tokenizer, cfg: Settings, out: Path, screen, *more: Listener) -> Trainer:
+def trainer_for(stage, tokenizer, cfg, out, screen, *more):
     """A trainer that logs, saves and shows what it does, on as many processes as were launched.
 
     out: the run's folder. more: further listeners; they find `out` and `tokenizer` at the trainer.
@@ -4547,12 +4899,8 @@ class FullyShardedBackend(AcceleratedBackend):
     def finish(self, model):
         self.fill(model)
 
-    def step(self, optimizer, params, clip):
-        norm = float(unsharded(self.accel.clip_grad_norm_(params, clip or math.inf)))
-        if math.isfinite(norm):
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return norm
+    def clip_gradient(self, params, most):
+        return unsharded(self.accel.clip_grad_norm_(params, most))
 
     def weights(self, params):
         return [own_piece(p) for p in params]
@@ -4664,7 +5012,7 @@ class ZeroBackend(AcceleratedBackend):
 
 
 # Checkpoints: a run may be killed at any moment
-SAVED = ("best", "score", "stale", "skipped", "owed")  # of a trainer's attributes
+SAVED = "best score stale skipped owed".split()  # of a trainer's attributes
 
 
 def save_trainer(trainer):
@@ -4788,23 +5136,9 @@ def load_rollouts(trainer, batch, changed, screen):
 
 
 FREE = (  # settings that change no result
-    "resume",
-    "auto_resume",
-    "allow_changed",
-    "output_dir",
-    "config",
-    "threads",
-    "debug",
-    "skip_eval",
-    "dry_run",
-    "save_total_limit",
-    "max_skips",
-    "report_to",
-    "smoke",
-    "sweep",
-    "sweep_space",
-    "explain",
-)
+    "resume auto_resume allow_changed output_dir config threads debug skip_eval dry_run save_total_limit max_skips "
+    "report_to smoke sweep sweep_space explain"
+).split()
 
 
 def changed_settings(then, now, *free):
@@ -4827,7 +5161,7 @@ def is_whole(path, digest):
 
 
 # Export
-def export_model(model, tokenizer, out: Path, state: dict | None = None, form: str = ""):
+def export_model(model, tokenizer, out, state=None, form=""):
     """Save model and tokenizer in hub format or a form of --export, then d1_state.json, which says all is there."""
     processes().wait_for_everyone()
     if not processes().is_main_process:
@@ -4899,7 +5233,7 @@ class Screen:
         self.live = sys.stdout.isatty() and main
         width = None if self.live else 160
         self.console = Console(highlight=False, soft_wrap=True, width=width, quiet=not main)
-        self.bar: Any = None
+        self.bar = None
 
     def say(self, text):
         """Print a text as it is."""
@@ -4944,11 +5278,11 @@ class Screen:
 
     def table(self, title, header, rows, text=False):
         """Print a table. Columns after the first are right-aligned, unless they hold text."""
-        from rich.table import Column, Table
+        from rich.table import Table
 
-        sides = ["left", *("left" if text else "right" for _ in header[1:])]
-        columns = [Column(name, justify=side, no_wrap=True) for name, side in zip(header, sides, strict=True)]
-        table = Table(*columns, title=title, title_justify="left")
+        table = Table(title=title, title_justify="left")
+        for i, name in enumerate(header):
+            table.add_column(name, justify="right" if i and not text else "left", no_wrap=True)
         for row in rows:
             table.add_row(*map(str, row))
         self.console.print(table)
@@ -4992,16 +5326,19 @@ class RunScreen(Listener):
         self.screen.advance(figures, 0)
 
     def on_finish(self, trainer):
-        step, screen = trainer.stage.step, self.screen
-        screen.stop()
-        if step < trainer.stage.total:
-            stale = f"no better held-out accuracy in {trainer.stale} checks"
-            screen.say(f"stopped at step {step}: {stale} (--patience)")
+        stage, best, screen = trainer.stage, trainer.best, self.screen
+        task = getattr(getattr(stage, "prompts", None), "task", Task)
+        what, scale, digits, unit = "accuracy", 100, 1, " %"
+        if task.aim == "score":  # a mean reward, which has no bounds
+            what, scale, digits, unit = "mean reward", 1, 3, ""
 
-        if trainer.best and trainer.best[1] != step:
-            best, of_step, _ = trainer.best
-            kept = f"weights of step {of_step} kept: held-out accuracy {100 * best:.1f} %, the best"
-            screen.say(f"{kept}; the last, of step {step}, had {100 * trainer.score:.1f} %")
+        screen.stop()
+        if stage.step < stage.total:
+            stale = f"no better held-out {what} in {trainer.stale} checks"
+            screen.say(f"stopped at step {stage.step}: {stale} (--patience)")
+        if best and best[1] != stage.step:
+            kept = f"weights of step {best[1]} kept: held-out {what} {scale * best[0]:.{digits}f}{unit}, the best"
+            screen.say(f"{kept}; the last, of step {stage.step}, had {scale * trainer.score:.{digits}f}{unit}")
 
     def count_flat(self, figures):
         """Count an update's groups of replies, if its figures tell of any."""
@@ -5031,12 +5368,12 @@ PANELS = (  # of curves.png: stage, figure, title
     ("sft", "loss", "SFT loss, nats a token"),
     ("diffu_grpo", "reward", "mean reward"),
     ("diffu_grpo", "kl", "KL to start of stage 2"),
-    ("diffu_grpo", "heldout_accuracy", "held-out accuracy"),
+    ("diffu_grpo", "heldout_accuracy", "held-out score"),
 )
 
 
 def plot_curves(out):
-    """curves.png from metrics.jsonl: pre-training and SFT loss, RL reward, KL, and held-out accuracy."""
+    """curves.png from metrics.jsonl: pre-training and SFT loss, RL reward, KL, and held-out score."""
     from matplotlib.figure import Figure  # without pyplot no window is opened and nothing global is set
 
     rows, panels = read_log(out / "metrics.jsonl"), []
@@ -5048,8 +5385,8 @@ def plot_curves(out):
         return
 
     figure = Figure(figsize=(4 * len(panels), 3), layout="tight")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (stage, title, x, y) in zip(axes, panels, strict=True):
+    for number, (stage, title, x, y) in enumerate(panels, 1):
+        axis = figure.add_subplot(1, len(panels), number)
         span = len(y) // 50  # of a running mean over 2 % of the run
         windows = [y[max(0, i - span) : i + 1] for i in range(len(y))]
         means = [sum(window) / len(window) for window in windows]
@@ -5554,12 +5891,16 @@ def read_flags(argv):
     """What the user gave: {name: (value, "command line" or "config")}. The command line goes before the file."""
     typed = parse_words(argv)
     filed = parse_words(config_words(typed["config"])) if "config" in typed else {}
-    sources = {"config": filed, "command line": typed}
-    return {name: (value, source) for source, found in sources.items() for name, value in found.items()}
+    return sourced(filed, "config") | sourced(typed, "command line")
 
 
-def settle(given: dict) -> tuple[Settings, dict]:
-    """All settings from those that are given, as {name: (value, source)}, and the source of each, by name.
+def sourced(values, source):
+    """Settings as `settle` takes them, {name: (value, source)}."""
+    return {name: (value, source) for name, value in values.items()}
+
+
+def settle(given):
+    """(Settings, where each is from) of the flags that are given, as {name: (value, source)}.
 
     UserError on what cannot run, before anything is loaded.
     """
@@ -5578,8 +5919,10 @@ def settle(given: dict) -> tuple[Settings, dict]:
 def check_surroundings(cfg):
     """UserError on what the model's folder, the machine, its packages or a data file do not allow."""
     if cfg.task == "table1" and {*stages_passed(cfg)} - {"pretrain"}:
-        text = "--task table1 trains all rows of its table: give a model that neither stage has trained"
-        raise UserError(f"{text}, not {cfg.model}")
+        raise UserError(
+            "--task table1 trains all rows of its table: give a model that neither stage has trained, "
+            f"not {cfg.model}"
+        )
     if cfg.attn == "flash_attention_2" and not (torch.cuda.is_available() and importlib.util.find_spec("flash_attn")):
         raise UserError("--attn flash_attention_2 needs a CUDA GPU and the package flash-attn: use --attn auto")
 
@@ -5648,8 +5991,7 @@ def open_model(cfg, screen):
 
 def describe(model, tokenizer, cfg, screen):
     """Print what a loaded model is, which of its tokens have a meaning, and what it runs on."""
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     share = f", {trained:,} trained ({100 * trained / total:.2f} %)" if cfg.trains() else ""
     screen.say(f"model {cfg.model}: {total:,} parameters{share}")
     if cfg.trains() and cfg.use_lora:
@@ -5657,19 +5999,14 @@ def describe(model, tokenizer, cfg, screen):
         each = ", ".join(f"{name} x{count}" for name, count in layers.items())
         screen.say(f"LoRA r {cfg.lora_r}, alpha {cfg.lora_alpha} on {each}")
 
-    ids = dict(
-        mask=tokenizer.mask_token_id,
-        EOS=tokenizer.eos_token_id,
-        EOT=turn_end(tokenizer)[0],
-        pad=tokenizer.pad_token_id,
-    )
-    tokens = ", ".join(f"{name} {i} {tokenizer.convert_ids_to_tokens(i)}" for name, i in ids.items())
-    screen.say(f"tokens {tokens}")
+    ids = [tokenizer.mask_token_id, tokenizer.eos_token_id, turn_end(tokenizer)[0], tokenizer.pad_token_id]
+    named = zip(("mask", "EOS", "EOT", "pad"), ids, tokenizer.convert_ids_to_tokens(ids), strict=True)
+    screen.say(f"tokens {', '.join(f'{name} {i} {token}' for name, i, token in named)}")
     machine = f"{processes().num_processes} x {model.device}, {torch.get_num_threads()} CPU threads"
     screen.say(f"preset {cfg.preset}, seed {cfg.seed}; {str(model.dtype).split('.')[1]}; {machine}")
 
 
-def sft_stage(model, tokenizer, rows: Sequence[tuple], cfg: Settings) -> MaskedSFT:
+def sft_stage(model, tokenizer, rows, cfg):
     """Stage 1, or the pre-training before it, on (ids, prompt_len) rows.
 
     UserError if no reply fits --sft_length, or if --sft_length or --bs_sft do not fit the model or the processes.
@@ -5682,18 +6019,21 @@ def sft_stage(model, tokenizer, rows: Sequence[tuple], cfg: Settings) -> MaskedS
         raise UserError(f"--bs_sft {cfg.bs_sft} must be a multiple of the {world} processes")
 
     hold_logits(model, cfg.logits_held(model.config))
-    kind = Pretraining if cfg.task == "pretrain" else EditSFT
+    kind, heldout = Pretraining, None
+    if cfg.task != "pretrain":
+        kind, (rows, heldout) = EditSFT, hold_out(rows, cfg.seed)
     return kind(
         model,
         rows,
         cfg,
+        heldout=heldout,
         mask_id=tokenizer.mask_token_id,
         eos_id=tokenizer.eos_token_id,
         delete_id=tokenizer.added_tokens_encoder.get(DELETE),
     )
 
 
-def rl_stage(model, tokenizer, task: Task, problems: Sequence[dict], cfg: Settings, heldout=None) -> DiffuGRPO:
+def rl_stage(model, tokenizer, task, problems, cfg, heldout=None):
     """Stage 2 on a task's problems. heldout(model) -> score chooses the best weights, None = the last are kept.
 
     Its `prompts` are a `TaskRollouts`, which is to listen to the trainer. UserError if prompt and reply are longer than
@@ -5752,14 +6092,16 @@ class TaskRollouts(Listener):
 
     def decode(self, model, prompt, **options):
         """`diffuse_decode` with --rollout_cache, and without edits."""
-        options |= decoding(self.tokenizer, self.cfg)
-        options |= dict(cache=self.cfg.rollout_cache, edit_rate=0.0)
+        options |= decoding(self.tokenizer, self.cfg) | dict(cache=self.cfg.rollout_cache, edit_rate=0.0)
         self.frames = list(diffuse_steps(model, prompt, **options))
         return self.frames[-1].ids
 
     def reward(self, completion, problems):
         """The parts of the reward of each completion (B, C), which answers the problem of that number."""
-        texts, examples = reply_texts(self.tokenizer, completion), [self.problems[i] for i in problems]
+        texts, examples = reply_texts(self.tokenizer, completion), []
+        live = live_tokens(completion, self.tokenizer.eos_token_id)  # (B, C)
+        for i, ids, mask in zip(problems, completion, live, strict=True):
+            examples.append(self.problems[i] | {"completion_ids": ids[mask].tolist()})
         parts = self.task.batch_rewards(texts, examples, official=self.cfg.preset == "official")
 
         question = self.task.messages(examples[0])[-1]["content"].splitlines()[-1]
@@ -5782,15 +6124,15 @@ def prepare_folder(cfg, out, screen):
 
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0)  # the system frees it when a run dies
-    if processes().is_main_process:
+    is_main = processes().is_main_process
+    if is_main:
         try:
             lock.acquire()
         except filelock.Timeout:
             raise UserError(f"another run works in {out}: wait for it, or give another --output_dir") from None
 
-    if processes().is_main_process and (out / "metrics.jsonl").exists() and not (cfg.resume or cfg.eval_only):
-        source = Path(cfg.model).resolve()
-        if cfg.model not in EMBEDDED and out.resolve() in [source, *source.parents]:
+    if is_main and (out / "metrics.jsonl").exists() and not (cfg.resume or cfg.eval_only):
+        if cfg.model not in EMBEDDED and Path(cfg.model).resolve().is_relative_to(out.resolve()):
             raise UserError(f"--model {cfg.model} lies in {out}, where this run would write: give another --output_dir")
         aside, i = out, 0
         while aside.exists():
@@ -5827,26 +6169,25 @@ def state_of(stages, cfg):
     if shutil.which("git"):
         command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    python = sys.version.split()[0]
     return dict(
         stages=stages,
         preset=cfg.preset,
         origin=origin_of(cfg.model),
         settings=dataclasses.asdict(cfg),
         argv=sys.argv[1:],
-        versions=dict(python=python, torch=torch.__version__, transformers=transformers.__version__),
+        versions=dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__),
         commit=commit or None,
     )
 
 
-def run_stages(cfg: Settings, screen: Screen, out: Path, before: bool = True) -> list[dict]:
+def run_stages(cfg, screen, out, before=True):
     """Stage 1 if needed, evaluation, stage 2 on a benchmark, evaluation. Returns the entries of eval.json it made.
 
     before: whether there is an evaluation between the stages.
     """
     tasks = tasks_of(cfg)
     model, tokenizer = open_model(cfg, screen)
-    cfg = cfg.with_data_ratio(sum(p.numel() for p in model.parameters()))
+    cfg = cfg.with_data_ratio(model.num_parameters())
     stages = stages_passed(cfg)
     splits, traces = load_data(cfg, tasks, tokenizer, screen)
     _lock = prepare_folder(cfg, out, screen)  # held as long as this function runs
@@ -5863,13 +6204,8 @@ def run_stages(cfg: Settings, screen: Screen, out: Path, before: bool = True) ->
 
     for task, split in splits.items() if cfg.task in RL_TASKS else ():
         say_sizes(task, split, screen)
-        if cfg.data and cfg.preset == "tiny" and task.name in TASKS:
-            keys = [task.key(example) for example in split["test"]]
-            seen = sum(split_of(key) == "train" for key in keys if key.startswith(task.name + "/"))
-            screen.say(
-                f"{cfg.data}: {len(keys)} test problems; {seen} of them (sudoku: their grids) could also come "
-                "from the embedded generator's training split"
-            )
+        if cfg.data:
+            say_source(cfg, task, split, screen)
 
     if traces:
         stage = sft_stage(model, tokenizer, traces, cfg)
@@ -5905,12 +6241,11 @@ def run_table1(cfg, screen, out, given):
             from_scratch=cfg.from_scratch and model == cfg.model,
             resume=cfg.resume and (folder / "trainer").exists(),
         )
-        part, _ = settle(given | {name: (value, "table1") for name, value in changes.items()})
+        part, _ = settle(given | sourced(changes, "table1"))
 
         state = read_json(folder / "d1_state.json").get("settings")
         trained = bool(state) and not changed_settings(state, part)  # the checkpoint of a run with these settings
-        note = ", trained already" if trained else ""
-        screen.say(f"--- table1: {folder}{note}")
+        screen.say(f"--- table1: {folder}{', trained already' if trained else ''}")
         if trained:
             part = dataclasses.replace(part, model=str(folder), from_scratch=False)
         if trained or task == "table1":  # the base: nothing to train
@@ -5927,15 +6262,15 @@ class Plan(NamedTuple):
 
     parameters: int
     trained: int
-    passes: dict[str, tuple]  # updates; passes of an update; tokens of a pass; FLOPs of an update
-    memory: dict[str, float]  # bytes
+    passes: dict  # by name: updates; passes of an update; tokens of a pass; FLOPs of an update
+    memory: dict  # bytes, by what they are for
     disk: float  # bytes
 
 
-def plan(cfg: Settings, model, given: Sequence[str] = ()) -> Plan:
+def plan(cfg, model, given=()):
     """What a run with this model needs. given: the settings of a user's own, which hold in all parts of table1."""
     adapters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    base = sum(p.numel() for p in model.parameters()) - adapters
+    base = model.num_parameters() - adapters
     trained = (adapters or base) if cfg.trains() else 0
 
     cfg, config, is_tiny = cfg.with_data_ratio(base), model.config, cfg.preset == "tiny"
@@ -5972,13 +6307,13 @@ def plan(cfg: Settings, model, given: Sequence[str] = ()) -> Plan:
     has_copy = bool(rl and cfg.beta and not cfg.use_lora)  # of all weights: the frozen reference
     tokens = max(rows_sft * cfg.sft_length * sft, rows_rl * row_rl * rl)
     replies = max(min(rows_sft * cfg.sft_length // 2, cfg.logits_held(config)) * sft, rows_rl * cfg.gen_length * rl)
-    kept = bytes_per_token(config, cfg.lora_r * cfg.use_lora, cfg.grad_checkpoint) * tokens
+    kept = bytes_per_token(config, cfg.lora_r * cfg.use_lora, cfg.grad_checkpoint)
     memory = {
         "weights and reference" if has_copy else "weights": stored * (1 + has_copy),
         "adapters": 4 * adapters,
         "gradients": 4 * trained,
         "AdamW": 8 * trained,
-        "activations": kept + 2 * trained,  # bf16 copies of fp32 weights are among them
+        "activations": kept * tokens + 2 * trained,  # bf16 copies of fp32 weights are among them
         "logits": config.vocab_size * 12 * replies,
     }
     checkpoints = (cfg.save_total_limit + 1) * (sft + rl)  # one more while it is written
@@ -6019,8 +6354,10 @@ def dry_run(cfg, origin, screen):
     needs = {"parameters, of which trained": f"{p.parameters:,}, {p.trained:,}"}
     for name, (updates, passes, tokens, flops) in p.passes.items():
         if updates:
-            each = f"{passes:.4g} of {tokens:,} tokens an update, {flops:.2e} FLOPs"
-            needs[name] = f"{each}; {passes * updates:,.0f} in the run"
+            needs[name] = (
+                f"{passes:.4g} of {tokens:,} tokens an update, {flops:.2e} FLOPs; "
+                f"{passes * updates:,.0f} in the run"
+            )
 
     flops = sum(flops * updates for updates, _, _, flops in p.passes.values())
     needs["FLOPs of training, a process"] = f"{flops:.2e}: {flops / 2e14 / 3600:,.1f} h at 200 TFLOP/s"
@@ -6072,12 +6409,12 @@ def smoke(cfg, screen):
         text = tokenizer.encode(SYSTEM, add_special_tokens=False)
         back = tokenizer.decode(text)
         is_alike = "".join(SYSTEM.lower().split()) == "".join(back.lower().split())  # BERT has no capitals, no newlines
-        how = "alike" if is_alike else f"as {back!r}"
         is_good = is_alike and None not in (mask_id, eos_id) and mask_id != eos_id
+        how = "alike" if is_alike else f"as {back!r}"
         see(f"mask {mask_id}, EOS {eos_id}, {len(text)} tokens read back {how}", is_good)
 
     with checking("data", screen) as see:
-        problems, rows, sizes = {}, [], collections.Counter()  # rows: (ids, prompt_len)
+        problems, rows, sizes = {}, [], collections.Counter()  # rows: pairs (ids, prompt_len)
         for name in ("sft_only", *TASKS) if is_table1 else (cfg.task,):
             part = dataclasses.replace(cfg, task=name, skip_sft=cfg.skip_sft or is_table1)
             splits, traces = load_data(part, tasks_of(part), tokenizer, screen)
@@ -6114,9 +6451,8 @@ def smoke(cfg, screen):
         see(f"{replies.numel()} tokens, {left} of them masks", not left)
 
     with checking("reward", screen) as see:
-        paid, is_official = [], cfg.preset == "official"
-        for (task, example), reply in zip(chosen, reply_texts(tokenizer, replies), strict=False):
-            paid.append(sum(task.batch_rewards([reply], [example], is_official)[0].values()))
+        answered = zip(chosen, reply_texts(tokenizer, replies), strict=False)
+        paid = [sum(task.rewards(reply, e, cfg.preset == "official").values()) for (task, e), reply in answered]
         seen = f"of {len(paid)} replies: {sum(paid):.2f}" if paid else "this run has no benchmark"
         see(seen, all(map(math.isfinite, paid)))
     screen.say("all checks passed; nothing was trained or written")
@@ -6163,13 +6499,13 @@ def read_space(path, given):
                 kind, options = Settings.__annotations__[name], dict(low=values[0], high=values[1], **wanted)
             getattr(FixedTrial({name: values[0]}), f"suggest_{kind}")(name, **options)  # optuna looks at the range
 
-            space[name], first[name] = (kind, options), (values[0], "sweep")
-            tries += [{name: (v, "sweep")} for v in values]
+            space[name], first[name] = (kind, options), values[0]
+            tries += [{name: v} for v in values]
 
     if not space:
         raise UserError(f"--sweep_space {path} names no setting")
     for one in tries:
-        settle(given | first | one)
+        settle(given | sourced(first | one, "sweep"))
     return space
 
 
@@ -6179,6 +6515,7 @@ def open_study(cfg, folder):
     import optuna
 
     folder.mkdir(parents=True, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     path, patient = folder / "sweep.db", {"connect_args": {"timeout": 60}}
     with refusing(f"cannot use {path}"), filelock.FileLock(folder / ".lock"):  # one makes the tables
@@ -6213,7 +6550,7 @@ def run_sweep(cfg, screen, given):
         screen.say(f"--- {out}: {shlex.join(words_of(values))}")
         values |= dict(skip_eval=True, resume=False)
         try:
-            part, _ = settle(given | {name: (value, "sweep") for name, value in values.items()})
+            part, _ = settle(given | sourced(values, "sweep"))
             run_stages(part, screen, out)
         except (UserError, NonFiniteLoss) as e:
             screen.say(f"--- {out} failed: {e}")
@@ -6237,7 +6574,7 @@ def run_sweep(cfg, screen, given):
         values = [f"{v:.3g}" if isinstance(v, float) else v for v in trial.params.values()]
         rows.append((trial.number, f"{trial.value:.4f}", *values))
     title = f"Best of {len(done)} trials in {folder}, {len(failed)} failed, {len(under_way)} under way elsewhere"
-    screen.table(title, ["trial", "held-out accuracy" if is_rl else "minus held-out loss", *space], rows)
+    screen.table(title, ["trial", "held-out score" if is_rl else "minus held-out loss", *space], rows)
     if not done:
         raise Stopped("no trial of the sweep has gone well; their messages are above")
     screen.say(f"best: {shlex.join(words_of(study.best_params))}")
@@ -6274,14 +6611,20 @@ def code_of(tag):
     """The function that carries a formula, or the methods of a class that are lines of its algorithm, by name."""
     name = tag_tables()[0][tag][1]
     thing = globals()[name]
-    methods = {f"{name}.{m}": f for m, f in vars(thing).items() if inspect.isfunction(f)}
-    lines = {m: f for m, f in methods.items() if re.search(r"# .*line \d", inspect.getsource(f))}
-    return lines or {name: thing}
+    parts = {}
+    for method, f in vars(thing).items():
+        if inspect.isfunction(f) and re.search(r"# .*line \d", inspect.getsource(f)):
+            parts[f"{name}.{method}"] = f
+    return parts or {name: thing}
 
 
 def explain(tag, screen):
     """--explain: a formula of the paper or a deviation, with its code. UserError if the tag is none."""
     from rich.syntax import Syntax
+
+    def show(name, code, first):
+        screen.say(f"\n{name}, line {first}:")
+        screen.console.print(Syntax(code, "python", line_numbers=True, start_line=first, theme="ansi_dark"))
 
     equations, deviations = tag_tables()
     key = {row[1]: key for key, row in equations.items()}.get(tag, tag_key(tag))
@@ -6291,33 +6634,67 @@ def explain(tag, screen):
         screen.table("Equations", ("tag", "paper", "function", "what"), rows[0], text=True)
         return screen.table("Deviations", ("tag", "here", "official code"), rows[1], text=True)
 
-    blocks, calls, notes = [], [], [key.upper()]  # blocks: (title, code, number of its first line)
+    notes, places = [key.upper()], {}
+    source = inspect.getsource(sys.modules[__name__])
     if key in equations:
         place, name, what = equations[key]
-        source = inspect.getsource(globals()[name])
-        screen.say(f"{place}: {what}; {name}\n\n{inspect.getdoc(globals()[name])}\n")
-        for part, function in code_of(key).items():
-            lines, first = inspect.getsourcelines(function)
-            blocks.append((f"{part}, line {first}", "".join(lines), first))
-        calls = [other for other, row in equations.items() if f" {row[1]}(" in source and other != key]
+        thing = globals()[name]
+        source = inspect.getsource(thing)
         notes = [deviation for deviation in deviations if f"[{deviation}]" in source]
+        screen.say(f"{place}: {what}; {name}")
+        if inspect.isclass(thing):  # a function's docstring is in its code
+            screen.say(f"\n{inspect.getdoc(thing)}")
     elif notes[0] in deviations:
-        source = inspect.getsource(sys.modules[__name__])
-        for n, where in places_of(notes[0], source).items():
-            lines = source.splitlines()[n - 1 : n if where == "Settings" else n + 9]
-            blocks.append((f"{where}, line {n}", "\n".join(lines).partition("\n\n\n")[0], n))
+        places = places_of(notes[0], source)
     else:
         raise UserError(f"--explain {tag}: the tags are {', '.join([*equations, *deviations])}")
 
     for deviation in notes:
         screen.say("[{}] here: {}\n     official code: {}".format(deviation, *deviations[deviation]))
-    for title, code, first in blocks:
-        screen.say(f"\n{title}:")
-        screen.console.print(Syntax(code, "python", line_numbers=True, start_line=first, theme="ansi_dark"))
-    for other in calls:
-        screen.say(f"calls {equations[other][1]}: --explain {other}")
+    for n, name in places.items():
+        lines = source.splitlines()[n - 1 : n if name == "Settings" else n + 9]
+        show(name, "\n".join(lines).partition("\n\n\n")[0], n)
+    for name, function in code_of(key).items() if key in equations else ():
+        lines, first = inspect.getsourcelines(function)
+        show(name, "".join(lines), first)
+    for other, row in equations.items():
+        if key in equations and f" {row[1]}(" in source and other != key:
+            screen.say(f"calls {row[1]}: --explain {other}")
 
 
+# --grade
+def grade_files(cfg, screen):
+    """--grade: a table of both verdicts on the replies in generations files. UserError names a file that is none.
+
+    A file is JSON as the evaluation writes it, or JSONL of its records. Its name begins with that of its benchmark, or
+    else --task says it. The official code writes a file a process, and these are one line.
+    """
+    path, runs = Path(cfg.grade), collections.defaultdict(list)
+    for file in sorted(path.rglob("*.json*")) if path.is_dir() else [path]:
+        named = (task for task in TASKS.values() if file.name.startswith((task.name, task.official_name)))
+        task = next(named, TASKS.get(cfg.task) if file == path else None)  # a folder of a run has other files too
+        if task and cfg.task in ("", task.name):
+            name = file.relative_to(path if path.is_dir() else path.parent)
+            runs[task, re.sub(r"(_\d+)?_generations$", "", str(name.with_suffix("")))].append(file)
+    if not runs:
+        raise UserError(f"--grade {path}: no file there is named for a benchmark: give one with its --task")
+
+    rows = []
+    for (task, name), files in runs.items():
+        records = []
+        with refusing(f"{files[0]}: no generations file of {task.name}"):
+            for file in files:
+                records += jsonl_rows(file) if file.suffix == ".jsonl" else read_json(file)["generations"]
+            e = figures_of(task, records, list(map(task.of_record, records)))
+        tokens = f"{e['effective_tokens']:.1f}" if "effective_tokens" in e else "-"
+        shares = (percent(e[verdict], e["n"]) for verdict in ("accuracy", "official"))
+        rows.append((name, task.name, e["n"], *shares, tokens))
+
+    title = "Accuracy, %, with its 95 % Wilson interval; the official score of sudoku is the share of empty cells"
+    screen.table(title, ["file", "task", "n", "strict", "official", "effective tokens"], rows)
+
+
+# The program
 def run(argv):
     """Do what the command line says and show the results."""
     given = read_flags(argv)
@@ -6325,6 +6702,8 @@ def run(argv):
     if "explain" in given:
         return explain(given["explain"][0], screen)
     cfg, origin = settle(given)
+    if cfg.grade:
+        return grade_files(cfg, screen)
     if cfg.dry_run:
         return dry_run(cfg, origin, screen)
 
@@ -6354,14 +6733,18 @@ def run(argv):
     screen.say(f"done in {(time.monotonic() - began) / 60:.1f} min; results are in {out}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv=None):
     """Run the command line. Returns the exit status: 0 done, 1 stopped, 2 wrong input, 130 Ctrl-C, 143 SIGTERM."""
-    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' notes to their own developers
-    logging.disable(logging.ERROR)
     debug = "--debug" in (sys.argv if argv is None else argv)  # the settings may be what is wrong
+    libraries = map(logging.getLogger, ("accelerate", "bitsandbytes", "datasets", "optuna", "peft", "torch"))
+    levels = {logger: logger.level for logger in libraries}
 
     try:
-        run(argv)
+        for logger in levels:  # their notes are to their own developers
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            run(argv)
     except (UserError, Stopped, OSError, argparse.ArgumentError) as e:
         if debug:
             raise
@@ -6381,6 +6764,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("d1_full.py: stopped by Ctrl-C; the same flags and --resume go on if anything was saved", file=sys.stderr)
         return 130
     finally:  # a model whose group is left while it lives can abort the interpreter
+        for logger, level in levels.items():
+            logger.setLevel(level)
         gc.collect()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -75,3 +75,16 @@ def test_masked_sft_warms_up_and_decays(schedule, rates, tiny, quick):
     for stage.step in range(4):
         made.append(stage.rate())
     assert made == pytest.approx(rates, abs=1e-6)
+
+
+def test_masked_sft_logs_means_over_tokens_however_the_batch_is_divided(tiny, quick, tmp_path):
+    """Replies of very different lengths, one of which has nothing masked in most draws."""
+    rows = [([1] * 4 + [20 + i] * n, 4 if n else 30) for i, n in enumerate((30, 2, 20, 1, 9, 30))]
+    made = []
+    for at_once in (1, 2, 4, 6):
+        cfg = quick(bs_sft=6, rows_sft=at_once, sft_length=34, sft_extra=0)
+        trainer = d1.Trainer(d1.sft_stage(copy.deepcopy(tiny[0]), tiny[1], rows * 4, cfg))
+        made.append(next(updates(trainer)))
+    for figures in made[1:]:
+        for name in ("loss", "ce", "accuracy", "grad_norm"):
+            assert figures[name] == pytest.approx(made[0][name], rel=1e-4), name

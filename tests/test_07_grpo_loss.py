@@ -127,3 +127,28 @@ def test_diffu_grpo_loss_at_the_old_policy_and_its_bounds(rewards, seed, eps, be
     other = logp + torch.randn(n, 6, generator=g)
     _, m = d1.diffu_grpo_loss(logp, other, other, advantages, live, eps=eps, beta=beta, norm=norm)
     assert m["kl"] >= 0 and 0 <= m["clip_frac"] <= 1
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.7, -1.3, 1 / 3])
+@pytest.mark.parametrize("group", [2, 6, 8])
+def test_group_advantages_of_equal_rewards_are_exactly_zero(reward, group):
+    assert not d1.group_advantages(torch.tensor([reward] * group + [1.0] * group), group)[:group].any()
+
+
+@pytest.mark.parametrize("norm", ["sequence", "token"])
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+def test_diffu_grpo_loss_of_a_ratio_that_overflows_is_finite_with_its_gradient(advantage, norm):
+    for up in (100.0, -100.0):  # of log φ_θ over the old policy and the reference, or below them
+        logp = torch.full((1, 3), -101.0 + max(up, 0.0), requires_grad=True)
+        other = logp.detach() - up
+        loss, metrics = d1.diffu_grpo_loss(logp, other, other, torch.tensor([advantage]),
+                                           torch.ones(1, 3, dtype=torch.bool), norm=norm)
+        loss.backward()
+        assert torch.isfinite(loss) and torch.isfinite(logp.grad).all()
+        assert all(torch.isfinite(value) for value in metrics.values())
+    if advantage > 0:  # a clipped token has no gradient but that of the KL term, which pulls it back
+        far, near = (torch.full((1, 1), -1.0, requires_grad=True) for _ in range(2))
+        for logp, gap in ((far, 100.0), (near, 2.0)):
+            mask = torch.ones(1, 1, dtype=torch.bool)
+            d1.diffu_grpo_loss(logp, logp.detach() - gap, None, torch.tensor([advantage]), mask)[0].backward()
+        assert far.grad.item() == near.grad.item() == 0

@@ -17,7 +17,8 @@ def drawn(tiny, quick, tmp_path, monkeypatch):
         for i, p in enumerate(trainer.model.parameters()):
             p.add_(0.1 * p.std() * torch.randn(p.shape, generator=rng(i)))
     stage, texts = trainer.stage, trainer.stage.prompts
-    texts.task.messages = lambda e: [{"role": "user", "content": "x" * (3 + 4 * texts.problems.index(e))}]
+    puzzles = [problem["puzzle"] for problem in texts.problems]
+    texts.task.messages = lambda e: [{"role": "user", "content": "x" * (3 + 4 * puzzles.index(e["puzzle"]))}]
     stage.problems = lambda micro: [0, 0, 1, 1]
     found, eos = d1.diffuse_steps, tiny[1].eos_token_id
 
@@ -70,7 +71,7 @@ def test_diffu_grpo_has_the_frozen_start_as_reference_and_a_first_ratio_of_one(t
 def test_diffu_grpo_has_a_prompt_mask_of_its_own_in_each_inner_update(tiny, quick, tmp_path):
     trainer = grpo(quick(mu=5, bs_rl=4, grad_accum=2, pmask=0.5, steps_rl=5), tiny, tmp_path)
     stage = trainer.stage
-    rollouts = [stage.roll_out(micro, trainer) for micro in stage.micros(0, trainer)]
+    rollouts = [stage.roll_out(micro, trainer) for micro in trainer.micro_numbers(0, 2)]
     masks = {tuple(m.flatten().tolist()) for r in rollouts for m in r.prompt_masks}
     assert len(masks) == 10  # official, with accumulation 2, would meet half of them twice
     for r in rollouts:
@@ -181,3 +182,28 @@ def test_diffu_grpo_scores_many_masks_in_one_pass_as_one_by_one():
             assert passes == rows and len(stage.logps(model, r, prompt_masks[:0])) == 0
     plain = d1.DiffuGRPO(model, [], None, cfg, mask_id=MASK, eos_id=1).logps(model, r, prompt_masks)
     assert torch.allclose(torch.stack(plain) * live, torch.stack(want), atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["token", "sequence"])
+def test_diffu_grpo_makes_the_same_update_however_its_rollouts_are_divided(tiny, quick, tmp_path, monkeypatch, norm):
+    """16 x 1 and 4 x 4: the norm and the logged means are over the tokens of the whole update."""
+    found, eos = d1.diffuse_steps, tiny[1].eos_token_id
+
+    def with_eos(model, prompt, generator=None, **options):
+        *_, frame = found(model, prompt, generator=generator, **options)
+        for row, stream in zip(frame.ids, generator, strict=True):  # replies of very different lengths
+            row[prompt.shape[1] + stream.initial_seed() % 30] = eos
+        yield frame
+
+    monkeypatch.setattr(d1, "diffuse_steps", with_eos)
+    made = []
+    for size, times in ((16, 1), (4, 4)):
+        cfg = quick(norm=norm, bs_rl=size, grad_accum=times, group=2, mu=3, lr_rl=1e-3, beta=0.1)
+        trainer = grpo(cfg, tiny, tmp_path / str(size))
+        steps = updates(trainer)
+        made.append(([next(steps), next(steps)], weights(trainer)))
+    (few, one), (many, other) = made
+    for a, b in zip(few, many, strict=True):
+        for name in set(a) - {"ratio_max"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5), name
+    assert (one - other).abs().max() < 1e-5 and few[0]["length"] > 2

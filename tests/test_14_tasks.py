@@ -68,8 +68,8 @@ def test_task_grades_read_one_of_several_answers_boxes_and_numbers():
     assert d1.last_answer("<answer>1</answer> <answer>2</answer> <answer>3") == "2"  # the last that closes
     assert d1.last_boxed(r"\boxed{1} or \boxed{2}") == "2"
     gsm8k, problem = d1.TASKS["gsm8k"], {"question": "?", "answer": "72"}
-    assert gsm8k.grade("<answer>3 boxes, so 72 clips</answer>", problem).correct  # the last number said
-    assert not gsm8k.grade("<answer>72 clips in 3 boxes</answer>", problem).correct
+    assert not gsm8k.grade("<answer>3 boxes, so 72 clips</answer>", problem).correct  # two numbers are a hedge
+    assert gsm8k.grade("<answer>72 clips in 3 boxes</answer>", problem).correct  # a number and its unit
     assert gsm8k.grade("<answer>3, so 72</answer><answer>5</answer>", problem, official=True).correct  # of the first
     for answer, pays in (("12", 0.5), ("-12", 0.5), ("1,200", 0.5), ("12.0", 0.5), ("12.5", 0.0), ("twelve", 0.0)):
         assert gsm8k.rewards(f"<answer>{answer}</answer>", problem)["int"] == pays, answer

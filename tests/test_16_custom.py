@@ -46,7 +46,7 @@ def test_custom_task_is_trained_and_evaluated(own, tmp_path, capsys):
     assert own("pay.py:short", "--skip_sft") == 0
     base, after = json.loads((tmp_path / "out/custom/eval.json").read_text())
     for e in (base, after):  # even rows allow no character, odd ones any number
-        file = tmp_path / f"out/custom/generations/custom_{e['row']}_own_32_16_0_generations.json"
+        (file,) = (tmp_path / "out/custom/generations").glob(f"custom_{e['row']}_own_*_32_16_0_generations.json")
         test = json.loads(file.read_text())["generations"]
         fits = sum(len(r["generations"]) <= r["ground_truth"]["target"] for r in test)
         assert (e["n"], e["accuracy"]) == (6, fits / 6) and e["mean_reward"] == (0.25 * (6 - fits) + fits) / 6

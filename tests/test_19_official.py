@@ -53,7 +53,7 @@ def test_official_formats_are_the_official_patterns_on_random_text():
     ("<answer>1+2+3</answer>", False, True),  # without a box the official parser takes the whole reply
     ("1+2+3", True, False), ("\\boxed{1+2+3}", True, True), ("\\boxed{1+2+3 = 6}", True, True),
     ("<answer>1+2+3</answer> \\boxed{2+", True, True),  # a box that never closes: the answer block
-    ("\\boxed 1+2+3$ is it", True, False), ("\\fbox{1+2+3}", False, False), ("\\boxed{2**1+3}", False, False),
+    ("\\boxed 1+2+3$ is it", True, False), ("\\fbox{1+2+3}", False, True), ("\\boxed{2**1+3}", False, False),
 ])
 def test_official_countdown_parser_looks_here(text, official, strict):
     row = {"question": "", "generations": text, "ground_truth": [[1, 2, 3], 6]}

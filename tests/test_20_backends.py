@@ -1,5 +1,6 @@
 """Several processes, each with the whole model or a part of it."""
 
+import itertools
 import json
 import os
 import shutil
@@ -172,6 +173,8 @@ def test_backends_of_two_processes_do_what_one_does(kind, lora, launched):
         for k in set(a) - {"seconds", "stage", "accuracy"}:
             assert b[k] == pytest.approx(a[k], rel=1e-3, abs=1e-5), (a["stage"], a["step"], k)
     evals = [json.loads((f / "eval.json").read_text()) for f in folders]
+    for entry in itertools.chain(*evals):
+        del entry["stamp"]  # a digest of the weights, which differ by rounding
     assert evals[0] == evals[1] and evals[0][0]["n"] == 5
     name = "adapter_model.safetensors" if lora else "model.safetensors"
     weights = [load_file(f / name) for f in folders]

@@ -267,7 +267,7 @@ def test_readme_commands_parse(command, monkeypatch):
     if "--explain" in command or "--help" in command:
         return
     cfg, _ = d1.settle(d1.read_flags(shlex.split(command)[2:]))
-    assert cfg.task or cfg.export
+    assert cfg.task or cfg.export or cfg.grade
 
 
 def test_readme_names_what_is_there():
